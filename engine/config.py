@@ -1,0 +1,148 @@
+"""EngineConfig: every setting of a server or of an offline LLM, checked once and never mutated.
+
+The same fields come from flags, from MILLRACE_* environment variables and from a YAML file
+(`--config`); a flag beats the environment, which beats the file. The field's metadata carries its
+unit and its one line of help, so that the CLI, the docs and the errors can't drift apart.
+Limits that are not settings are the named constants below.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from millrace.engine.errors import InvalidRequest
+
+MAX_MESSAGE_BYTES = 16 * 2**20  # one gRPC message, either way
+MAX_PROMPT_BYTES = 8 * 2**20  # of text, before tokenizing
+MAX_REQUEST_ID_BYTES = 256
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+ATTENTION_BACKENDS = ("auto", "torch", "triton", "reference")
+ENV_PREFIX = "MILLRACE_"
+
+
+def setting(default: Any, help: str, unit: str = "") -> Any:
+    """A config field with its help and unit."""
+    return field(default=default, metadata={"help": help, "unit": unit})
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """All settings; `None` and "auto" are resolved by the part that owns them, and logged."""
+
+    model: str | None = setting(
+        None, "built-in SmolLM2-135M-Instruct if unset; else a folder, a .gguf file or a hub id"
+    )
+    revision: str | None = setting(None, "branch, tag or commit of a hub model")
+    served_name: str | None = setting(None, "name reported to clients; default: the model's own")
+    device: str = setting("auto", "cpu, cuda, cuda:N; auto takes a GPU where there is one")
+    dtype: str = setting(
+        "auto", "of weights and KV: auto, float32 (exact on CPU), bfloat16 or float16"
+    )
+    attention_backend: str = setting("auto", "kernels to run: auto, torch, triton or reference")
+    threads: int | None = setting(None, "CPU threads of the engine; default: physical cores")
+    max_context: int | None = setting(None, "prompt and output; default: the model's", "tokens")
+    max_running: int = setting(64, "requests in a batch at once")
+    max_waiting: int = setting(4096, "requests in the queue; beyond, new ones are refused")
+    max_waiting_tokens: int = setting(4_000_000, "prompt tokens in the queue", "tokens")
+    max_step_tokens: int = setting(512, "computed in one step, prefill chunks included", "tokens")
+    block_size: int = setting(16, "KV block", "tokens")
+    kv_cache_memory: int | None = setting(
+        None, "KV cache; default: max-running contexts of 1024 tokens on CPU", "bytes"
+    )
+    gpu_memory_fraction: float = setting(0.9, "of the GPU's memory, weights and KV together")
+    prefix_caching: bool = setting(True, "reuse the KV of prompts that begin alike")
+    host: str = setting("127.0.0.1", "address to listen on")
+    port: int = setting(50051, "gRPC; 0 picks a free one")
+    http_port: int = setting(9400, "/metrics, /healthz and /readyz; 0 picks a free one")
+    drain_timeout_s: float = setting(30.0, "for live requests to finish on SIGTERM", "s")
+    default_timeout_s: float | None = setting(None, "deadline of requests that set none", "s")
+    seed: int | None = setting(None, "of the seeds given to requests without one")
+
+    def __post_init__(self) -> None:
+        self._one_of("dtype", DTYPES)
+        self._one_of("attention_backend", ATTENTION_BACKENDS)
+        self._at_least("threads", 1)
+        self._at_least("max_context", 2)
+        self._at_least("max_running", 1)
+        self._at_least("max_waiting", 1)
+        self._at_least("max_waiting_tokens", 1)
+        self._at_least("max_step_tokens", 1)
+        self._at_least("kv_cache_memory", 1)
+        self._at_least("drain_timeout_s", 0)
+        self._at_least("default_timeout_s", 0)
+        self._at_least("port", 0)
+        self._at_least("http_port", 0)
+        if self.block_size not in (16, 32, 64, 128):
+            self._refuse("block_size", "16, 32, 64 or 128")
+        if not 0.0 < self.gpu_memory_fraction <= 1.0:
+            self._refuse("gpu_memory_fraction", "in (0, 1]")
+        if self.max_step_tokens < self.max_running:
+            self._refuse("max_step_tokens", f"at least max_running ({self.max_running})")
+
+    def _one_of(self, name: str, choices: tuple[str, ...]) -> None:
+        if getattr(self, name) not in choices:
+            self._refuse(name, "one of " + ", ".join(choices))
+
+    def _at_least(self, name: str, low: float) -> None:
+        value = getattr(self, name)
+        if value is not None and not value >= low:
+            self._refuse(name, f"at least {low}")
+
+    def _refuse(self, name: str, limit: str) -> None:
+        raise InvalidRequest(f"{name} must be {limit}, got {getattr(self, name)!r}", name, limit)
+
+
+def load_config(flags: dict[str, Any], path: Path | None = None) -> EngineConfig:
+    """Merge a YAML file, the environment and flags (None: not given) into one EngineConfig.
+
+    Raises InvalidRequest naming the setting that is unknown, of the wrong type or out of range.
+    """
+    values = _from_yaml(path) if path is not None else {}
+    values |= _from_environment(os.environ)
+    values |= {name: value for name, value in flags.items() if value is not None}
+    return EngineConfig(**values)
+
+
+def _from_yaml(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InvalidRequest(f"config file {path}: {error}", "config", "a YAML mapping") from error
+    if not isinstance(data, dict):
+        raise InvalidRequest(f"config file {path} is not a mapping", "config", "a YAML mapping")
+    names = {f.name for f in dataclasses.fields(EngineConfig)}
+    values: dict[str, Any] = {}
+    for key, value in data.items():
+        name = str(key).replace("-", "_")
+        if name not in names:
+            raise InvalidRequest(
+                f"config file {path}: unknown setting {key!r}", str(key), "see --help"
+            )
+        values[name] = _convert(name, str(value)) if value is not None else None
+    return values
+
+
+def _from_environment(environment: Any) -> dict[str, Any]:
+    values = {}
+    for setting_field in dataclasses.fields(EngineConfig):
+        text = environment.get(ENV_PREFIX + setting_field.name.upper())
+        if text:
+            values[setting_field.name] = _convert(setting_field.name, text)
+    return values
+
+
+def _convert(name: str, text: str) -> Any:
+    """Read one setting from text, by the type that its field declares."""
+    kind = EngineConfig.__annotations__[name].split(" ")[0]
+    try:
+        if kind == "bool":
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        return {"int": int, "float": float, "str": str}[kind](text)
+    except (KeyError, ValueError) as error:
+        raise InvalidRequest(f"{name} must be of type {kind}, got {text!r}", name, kind) from error
