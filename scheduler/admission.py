@@ -1,0 +1,65 @@
+"""Admission: accept a request into the queue, or refuse it at once and say why.
+
+A refusal is a value, costs no device work and no block, and tells when trying again makes sense.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SMOOTHING = 0.1  # weight of the newest interval in the drain rate
+FIRST_GUESS_S = 1.0  # retry hint before anything has finished
+MAX_RETRY_AFTER_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """The request waits, and will end exactly once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The request was not taken."""
+
+    reason: str
+    field: str
+    limit: str
+    retry_after_s: float = 0.0  # 0: it can never be taken
+
+
+Decision = Accepted | Refused
+
+
+class Admission:
+    """Bounds on the queue, and the rate at which requests leave the system."""
+
+    def __init__(self, max_waiting: int, max_waiting_tokens: int) -> None:
+        self._max_waiting = max_waiting
+        self._max_waiting_tokens = max_waiting_tokens
+        self._interval_s = FIRST_GUESS_S  # smoothed time between two ends
+        self._last_end_s: float | None = None
+
+    def decide(
+        self, blocks: int, pool_blocks: int, prompt_tokens: int, waiting: int, waiting_tokens: int
+    ) -> Decision:
+        """`blocks`: what the request needs at its longest; the rest describes the queue."""
+        if blocks > pool_blocks:
+            reason = f"needs {blocks} KV blocks at its longest, the cache has {pool_blocks}"
+            return Refused(reason, "max_tokens", f"at most {pool_blocks} KV blocks")
+        if waiting >= self._max_waiting:
+            return self._busy(waiting, "requests", self._max_waiting)
+        if waiting_tokens + prompt_tokens > self._max_waiting_tokens:
+            return self._busy(waiting, "prompt tokens", self._max_waiting_tokens)
+        return Accepted()
+
+    def ended(self, now_s: float) -> None:
+        """A request has left the system."""
+        if self._last_end_s is not None:
+            interval = min(now_s - self._last_end_s, MAX_RETRY_AFTER_S)  # idle time isn't slowness
+            self._interval_s += SMOOTHING * (interval - self._interval_s)
+        self._last_end_s = now_s
+
+    def _busy(self, waiting: int, what: str, limit: int) -> Refused:
+        # Half the queue drained is room worth coming back for.
+        wait_s = min(MAX_RETRY_AFTER_S, max(FIRST_GUESS_S, self._interval_s * waiting / 2))
+        return Refused("the queue is full", "queue", f"at most {limit} waiting {what}", wait_s)

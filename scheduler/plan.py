@@ -1,0 +1,61 @@
+"""StepPlan and StepResult: the contract between the scheduler and whatever runs the steps.
+
+Both speak of slots, not of requests: a slot's state lives with the runner, and a plan carries only
+what changed. A step in which every request merely decodes inside its block is an empty change.
+
+Example, block_size 16. Slot 3 holds a prompt of 20 tokens, admitted in step 7 with budget 16:
+
+    step 7: admitted=[r], block_appends=[(3,0,41),(3,1,9)], prefill=[(3, start 0, length 16, False)]
+    step 8: prefill=[(3, start 16, length 4, samples=True)]        -> result: token 20 of slot 3
+    step 9: decode_joins=[3]                                       -> token 21
+    ...
+    step 21: block_appends=[(3,2,17)]: position 32 is the first of block 2
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+from millrace.scheduler.request import Request
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillChunk:
+    """Compute positions [start, start + length) of a slot; draw the next token if `samples`."""
+
+    slot: int
+    start: int
+    length: int
+    samples: bool
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """What one step does, as changes to the step before. Apply the fields in this order."""
+
+    step: int
+    released: list[int] = field(default_factory=list)  # slots whose request is gone
+    admitted: list[Request] = field(default_factory=list)  # their slot and known tokens are new
+    block_appends: list[tuple[int, int, int]] = field(default_factory=list)  # slot, index, block
+    prefill: list[PrefillChunk] = field(default_factory=list)
+    decode_leaves: list[int] = field(default_factory=list)  # slots
+    decode_joins: list[int] = field(default_factory=list)  # slots
+    num_decodes: int = 0  # slots that decode one token in this step
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the step computes."""
+        return self.num_decodes + sum(chunk.length for chunk in self.prefill)
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step drew: one row for each decoding slot and each chunk with `samples`."""
+
+    step: int
+    slots: npt.NDArray[np.int64]  # [N]
+    token_ids: npt.NDArray[np.int64]  # [N]
+    stopped: npt.NDArray[np.bool_]  # [N]; the token is a stop token of its request
+    ok: npt.NDArray[np.bool_]  # [N]; False: no token could be drawn (NaN, nothing allowed)

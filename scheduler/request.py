@@ -1,0 +1,76 @@
+"""Request: the state of one sequence, from arrival to its one end.
+
+State only: `scheduler.py` decides, `block_pool.py` owns the memory. The scheduler never looks into
+`payload` (the engine keeps its sampling parameters there).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import numpy as np
+import numpy.typing as npt
+
+NO_SLOT = -1
+NEVER = -1  # a step number before the first
+
+
+class Finish(StrEnum):
+    """Why a request ended."""
+
+    STOP = "stop"  # a stop token (decided on the device) or a stop string (by the front end)
+    LENGTH = "length"  # max_tokens reached
+    CANCELLED = "cancelled"
+    DEADLINE = "deadline"
+    ERROR = "error"
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    """One sequence.
+
+    Its tokens, by position (all ranges half open):
+
+        0            num_computed         num_known            max_length
+        |  KV computed or  |   known, KV to be  |  not yet drawn   |
+        |  being computed  |   computed         |                  |
+
+    `schedule()` moves num_computed towards num_known; drawing a token moves num_known.
+    """
+
+    id: int
+    prompt: npt.NDArray[np.int32]
+    max_tokens: int  # output tokens, >= 1
+    payload: object = None
+    deadline_s: float | None = None  # monotonic time at which it ends
+    leader: int | None = None  # sibling whose prompt KV this one waits for and shares
+    read_cache: bool = True  # False: compute every prompt position (their logits are wanted)
+
+    arrival: int = NEVER  # order of submission, and FCFS rank
+    outputs: list[int] = field(default_factory=list)
+    slot: int = NO_SLOT
+    blocks: list[int] = field(default_factory=list)  # its block table
+    num_computed: int = 0  # kept while it prefills; a decoding slot's count is the scheduler's
+    is_queued: bool = False  # in the policy's queue (a follower of a leader is not, yet)
+    is_closing: bool = False  # leaves its slot once the last launched step with it is applied
+    cached_tokens: int = 0  # prompt tokens whose KV was reused at the first admission
+    num_preemptions: int = 0
+    scheduled_s: float = 0.0  # first given to the device; 0: never
+    finish: Finish | None = None
+    stop_token: int | None = None
+    error: str = ""
+
+    @property
+    def num_known(self) -> int:
+        """Tokens whose ids the host has seen."""
+        return len(self.prompt) + len(self.outputs)
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of prompt and output at most."""
+        return len(self.prompt) + self.max_tokens
+
+    def known_tokens(self) -> npt.NDArray[np.int32]:
+        """Prompt and output so far, int32 [num_known]."""
+        return np.concatenate([self.prompt, np.asarray(self.outputs, np.int32)])
