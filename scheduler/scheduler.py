@@ -143,6 +143,12 @@ class Scheduler:
         self._free_followers(request)
         return True
 
+    def request_at(self, slot: int) -> Request:
+        """The request that owns a slot. It keeps it until its last launched step is applied."""
+        request = self._request_of_slot[slot]
+        assert request is not None, f"slot {slot} has no request"
+        return request
+
     def take_ended(self) -> list[Request]:
         """Requests that have ended since the last call, each exactly once."""
         ended, self._ended = self._ended, []
@@ -160,6 +166,7 @@ class Scheduler:
             self._release(request)
         self._closing.clear()
         self._coming_blocks = 0
+        self._planned_decodes[:] = False
         for request in [r for r in self.requests.values() if r.slot != NO_SLOT]:
             self.finish(request.id, Finish.ERROR, now_s, error=error)
         self.pool.flush()
@@ -193,7 +200,7 @@ class Scheduler:
         drawn = []
         columns = (result.slots, result.token_ids, result.stopped, result.ok)
         for slot, token, stopped, ok in zip(*(column.tolist() for column in columns), strict=True):
-            request = self._owner(slot)
+            request = self.request_at(slot)
             if request.finish is not None:
                 continue  # it ended while this step was in flight
             if not ok:
@@ -241,7 +248,7 @@ class Scheduler:
             self._preempt(self.policy.victim(self._running()))
             if not self._decodes[slot]:
                 return False  # it was the victim itself
-        request = self._owner(slot)
+        request = self.request_at(slot)
         plan.block_appends.append((slot, len(request.blocks), block))
         request.blocks.append(block)
         return True
@@ -371,11 +378,6 @@ class Scheduler:
 
     def _running(self) -> list[Request]:
         return [r for r in self._request_of_slot if r is not None and not r.is_closing]
-
-    def _owner(self, slot: int) -> Request:
-        request = self._request_of_slot[slot]
-        assert request is not None, f"slot {slot} has no request"
-        return request
 
     def _take(self) -> int:
         block = self.pool.take()

@@ -1,0 +1,132 @@
+"""From an EngineConfig to a core: resolves what is "auto", loads the model, sizes the cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from millrace.engine.config import EngineConfig
+from millrace.engine.core.loop import EngineCore
+from millrace.engine.core.messages import Ready
+from millrace.engine.errors import InvalidRequest
+from millrace.engine.models.decoder import Decoder, Progress
+from millrace.engine.models.forward_batch import KVCache
+from millrace.engine.models.registry import ModelConfig, model_config
+from millrace.engine.runner.memory import kv_blocks
+from millrace.engine.runner.request_table import RequestTable
+from millrace.engine.runner.runner import Runner
+from millrace.engine.weights.checkpoint import open_checkpoint
+from millrace.engine.weights.locate import ModelLocation
+from millrace.kernels.dispatch import Operations, operations
+from millrace.scheduler.scheduler import Limits, Scheduler
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where and in what precision a model runs."""
+
+    device: torch.device
+    dtype: torch.dtype
+    operations: Operations
+
+
+def build_core(
+    config: EngineConfig,
+    location: ModelLocation,
+    progress: Progress | None = None,
+    run_ahead: int = 0,
+) -> tuple[EngineCore, Ready]:
+    """Load the model at `location` and put a scheduler and a runner around it.
+
+    Raises ModelError or InvalidRequest, for a person to read, when it cannot be done.
+    """
+    placement = resolve_placement(config)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    checkpoint = open_checkpoint(location.path)
+    model = model_config(checkpoint.config, checkpoint.generation_config)
+    max_context = min(config.max_context or model.max_context, model.max_context)
+    decoder = Decoder(
+        model,
+        checkpoint,
+        placement.operations,
+        placement.dtype,
+        placement.device,
+        max_context,
+        progress,
+    )
+    num_blocks = kv_blocks(config, model, placement.dtype, placement.device)
+    runner = _build_runner(config, model, decoder, placement, num_blocks, max_context)
+    core = EngineCore(Scheduler(_limits(config, num_blocks)), runner, run_ahead)
+    ready = Ready(
+        model=config.served_name or location.name,
+        architecture=model.architecture,
+        vocab_size=model.vocab_size,
+        max_context=max_context,
+        block_size=config.block_size,
+        num_blocks=num_blocks,
+        max_running=config.max_running,
+        dtype=str(placement.dtype).removeprefix("torch."),
+        device=str(placement.device),
+        backend=placement.operations.name,
+        num_parameters=decoder.num_parameters,
+    )
+    return core, ready
+
+
+def resolve_placement(config: EngineConfig) -> Placement:
+    """Settle device, dtype and kernels; raises InvalidRequest where they can't be had."""
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise ValueError(f"device type {device.type!r}")
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError("no CUDA device is available")
+        chosen = operations(device, config.attention_backend)
+    except (RuntimeError, ValueError) as error:
+        raise InvalidRequest(f"device {name!r}: {error}", "device", "cpu, cuda, cuda:N") from error
+    return Placement(device, _dtype(config.dtype, device), chosen)
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name != "auto":
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
+    return torch.bfloat16 if device.type == "cuda" or _cpu_has_bfloat16() else torch.float32
+
+
+def _cpu_has_bfloat16() -> bool:
+    """Whether bf16 products run in hardware; elsewhere they are slower than fp32."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def _build_runner(
+    config: EngineConfig,
+    model: ModelConfig,
+    decoder: Decoder,
+    placement: Placement,
+    num_blocks: int,
+    max_context: int,
+) -> Runner:
+    shape = (num_blocks, config.block_size, model.num_kv_heads, model.head_dim)
+    kv = KVCache.allocate(model.num_layers, shape, placement.dtype, placement.device)
+    table = RequestTable(
+        config.max_running, max_context, config.block_size, model.vocab_size, placement.device
+    )
+    return Runner(decoder, placement.operations, kv, table)
+
+
+def _limits(config: EngineConfig, num_blocks: int) -> Limits:
+    return Limits(
+        num_blocks=num_blocks,
+        block_size=config.block_size,
+        max_running=config.max_running,
+        max_step_tokens=config.max_step_tokens,
+        max_waiting=config.max_waiting,
+        max_waiting_tokens=config.max_waiting_tokens,
+        prefix_caching=config.prefix_caching,
+    )

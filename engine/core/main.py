@@ -1,0 +1,58 @@
+"""The core's process: builds an EngineCore and runs its loop between a channel's messages.
+
+`python -m millrace.engine.core.main` is what `process.py` starts.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+
+from millrace.engine.config import EngineConfig
+from millrace.engine.core.build import build_core
+from millrace.engine.core.ipc import CoreChannel
+from millrace.engine.core.loop import EngineCore
+from millrace.engine.core.messages import Shutdown, StartFailed
+from millrace.engine.core.process import run_core
+from millrace.engine.errors import MillraceError
+from millrace.engine.weights.locate import resolve
+
+log = logging.getLogger(__name__)
+
+
+def serve(config: EngineConfig, channel: CoreChannel) -> None:
+    """Load the model, say Ready (or StartFailed), and serve until Shutdown."""
+    try:
+        core, ready = build_core(config, resolve(config.model, config.revision))
+    except MillraceError as error:
+        channel.send(StartFailed(str(error)))
+        return
+    except Exception as error:
+        log.exception("the core could not start")
+        channel.send(StartFailed(f"{type(error).__name__}: {error}"))
+        return
+    gc.collect()
+    gc.freeze()  # the model's objects live for ever: keep them out of every later collection
+    channel.send(ready)
+    _loop(core, channel)
+
+
+def _loop(core: EngineCore, channel: CoreChannel) -> None:
+    """Messages in, one step, messages out; asleep while there is nothing to do."""
+    while True:
+        for message in channel.receive(timeout_s=None if core.is_idle else 0.0):
+            if isinstance(message, Shutdown):
+                return
+            core.handle(message)
+        for answer in core.step():
+            channel.send(answer)
+
+
+def main() -> None:
+    """Entry point of the process."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    run_core(serve)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""Gated activations of the feed-forward block (GLU variants, Shazeer 2020).
+
+    silu_mul:       y = silu(gate) * up          silu(a) = a * sigmoid(a)
+    gelu_tanh_mul:  y = gelu(gate) * up          the tanh approximation of GELU
+
+gate_up [T, 2F] holds gate in its first half and up in its second, so that one matmul makes both; the
+result is [T, F]. The activation is computed in float32 and rounded to the dtype of gate_up before
+the product, as transformers' LlamaMLP does.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from millrace.kernels.checks import FLOATING_DTYPES
+from torch import Tensor
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up; gate_up [T, 2F] -> [T, F]. ValueError where the width is odd."""
+    gate, up = _halves(gate_up)
+    return F.silu(gate).mul_(up)
+
+
+def gelu_tanh_mul(gate_up: Tensor) -> Tensor:
+    """gelu_tanh(gate) * up; gate_up [T, 2F] -> [T, F]. ValueError where the width is odd."""
+    gate, up = _halves(gate_up)
+    return F.gelu(gate, approximate="tanh").mul_(up)
+
+
+def silu_mul_reference(gate_up: Tensor) -> Tensor:
+    """The definition: `silu_mul`."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    gate32 = gate.float()
+    return (gate32 * torch.sigmoid(gate32)).to(gate_up.dtype) * up
+
+
+def gelu_tanh_mul_reference(gate_up: Tensor) -> Tensor:
+    """The definition: `gelu_tanh_mul` (Hendrycks and Gimpel 2016, equation 2)."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    gate32 = gate.float()
+    inner = math.sqrt(2.0 / math.pi) * (gate32 + 0.044715 * gate32.pow(3))
+    return (0.5 * gate32 * (1.0 + torch.tanh(inner))).to(gate_up.dtype) * up
+
+
+def _halves(gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    if gate_up.dim() != 2 or gate_up.shape[1] % 2 or gate_up.dtype not in FLOATING_DTYPES:
+        raise ValueError(
+            "gate_up: expected [T, 2F] of a floating dtype, "
+            f"got {list(gate_up.shape)} of {gate_up.dtype}"
+        )
+    gate, up = gate_up.chunk(2, dim=1)
+    return gate, up

@@ -1,0 +1,202 @@
+"""Sampling parameters as the kernels read them: dense tensors on the device, indexed by slot.
+
+`SlotValues` is one request's parameters on the host, checked; `SlotSampling.write` puts them into
+a slot. `sampling.py` says what each parameter does.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from millrace.kernels.checks import expect
+from torch import Tensor
+
+MAX_STOP_IDS = 16
+NO_ID = -1
+"""Pads a slot's stop ids."""
+SEED_BITS = 64
+
+
+@dataclass(frozen=True)
+class SlotValues:
+    """What one request asks of the sampler. The defaults are neutral: greedy, nothing edited.
+
+    A repetition penalty applies to the prompt and the output, the other two to the output alone.
+    `stop_ids` are banned at positions below `min_position`. `bias` is added to the logits, and
+    -inf bans. With `allowed_ids` every other token is banned. `prompt_ids` and `output_ids` are
+    the tokens known so far, read only if a penalty is on; a request that returns after preemption
+    brings its output along. ValueError names the value and its limit.
+    """
+
+    temperature: float = 0.0  # 0 = greedy
+    top_k: int = 0  # 0 = off
+    top_p: float = 1.0  # 1 = off
+    min_p: float = 0.0  # 0 = off
+    repetition_penalty: float = 1.0  # 1 = off
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int = 0  # taken modulo 2^64
+    stop_ids: Sequence[int] = ()
+    min_position: int = 0
+    bias: Mapping[int, float] = field(default_factory=dict)
+    allowed_ids: Sequence[int] | None = None
+    prompt_ids: Sequence[int] = ()
+    output_ids: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        inf = math.inf
+        _check("temperature", self.temperature, 0 <= self.temperature < inf, "finite, >= 0")
+        _check("top_k", self.top_k, self.top_k >= 0, ">= 0")
+        _check("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]")
+        _check("min_p", self.min_p, 0 <= self.min_p <= 1, "in [0, 1]")
+        penalty = self.repetition_penalty
+        _check("repetition_penalty", penalty, 0 < penalty < inf, "finite, > 0")
+        for name in ("presence_penalty", "frequency_penalty"):
+            _check(name, getattr(self, name), math.isfinite(getattr(self, name)), "finite")
+        stops = len(self.stop_ids)
+        _check("stop_ids", f"{stops} ids", stops <= MAX_STOP_IDS, f"at most {MAX_STOP_IDS} ids")
+        for token_id, value in self.bias.items():
+            _check(f"bias[{token_id}]", value, value < inf, "a number below +inf")
+
+    @property
+    def has_bias(self) -> bool:
+        return bool(self.bias) or self.allowed_ids is not None
+
+    @property
+    def has_penalties(self) -> bool:
+        additive = (self.presence_penalty, self.frequency_penalty)
+        return self.repetition_penalty != 1 or any(additive)
+
+
+@dataclass
+class SlotSampling:
+    """Sampling parameters of S slots over a vocabulary of V, all on one device."""
+
+    temperature: Tensor  # f32[S], 0 = greedy
+    top_k: Tensor  # i32[S], 0 = off
+    top_p: Tensor  # f32[S], 1 = off
+    min_p: Tensor  # f32[S], 0 = off
+    repetition_penalty: Tensor  # f32[S], 1 = off
+    presence_penalty: Tensor  # f32[S]
+    frequency_penalty: Tensor  # f32[S]
+    seed: Tensor  # i64[S]
+    bias: Tensor  # f32[S, V], added to the logits, -inf bans; read where has_bias
+    has_bias: Tensor  # bool[S]
+    prompt_seen: Tensor  # bool[S, V]; read where has_penalties
+    output_counts: Tensor  # i32[S, V]; read where has_penalties
+    has_penalties: Tensor  # bool[S]
+    stop_ids: Tensor  # i32[S, MAX_STOP_IDS], padded with NO_ID
+    min_position: Tensor  # i64[S]; stop ids are banned at positions below it
+
+    @classmethod
+    def zeros(cls, slots: int, vocab: int, device: torch.device | str = "cpu") -> "SlotSampling":
+        """Neutral parameters for every slot."""
+
+        def full(value: float, dtype: torch.dtype, *shape: int) -> Tensor:
+            return torch.full((slots, *shape), value, dtype=dtype, device=device)
+
+        return cls(
+            temperature=full(0, torch.float32),
+            top_k=full(0, torch.int32),
+            top_p=full(1, torch.float32),
+            min_p=full(0, torch.float32),
+            repetition_penalty=full(1, torch.float32),
+            presence_penalty=full(0, torch.float32),
+            frequency_penalty=full(0, torch.float32),
+            seed=full(0, torch.int64),
+            bias=full(0, torch.float32, vocab),
+            has_bias=full(False, torch.bool),
+            prompt_seen=full(False, torch.bool, vocab),
+            output_counts=full(0, torch.int32, vocab),
+            has_penalties=full(False, torch.bool),
+            stop_ids=full(NO_ID, torch.int32, MAX_STOP_IDS),
+            min_position=full(0, torch.int64),
+        )
+
+    def __post_init__(self) -> None:
+        slots, vocab = self.bias.shape
+        for name in ("temperature", "top_p", "min_p", *PENALTIES):
+            expect(name, getattr(self, name), (slots,), torch.float32)
+        for name in ("has_bias", "has_penalties"):
+            expect(name, getattr(self, name), (slots,), torch.bool)
+        for name in ("seed", "min_position"):
+            expect(name, getattr(self, name), (slots,), torch.int64)
+        expect("top_k", self.top_k, (slots,), torch.int32)
+        expect("bias", self.bias, (slots, vocab), torch.float32)
+        expect("prompt_seen", self.prompt_seen, (slots, vocab), torch.bool)
+        expect("output_counts", self.output_counts, (slots, vocab), torch.int32)
+        expect("stop_ids", self.stop_ids, (slots, MAX_STOP_IDS), torch.int32)
+
+    @property
+    def slots(self) -> int:
+        return self.bias.shape[0]
+
+    @property
+    def vocab(self) -> int:
+        return self.bias.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.bias.device
+
+    def write(self, slot: int, values: SlotValues) -> None:
+        """Give `slot` these values. ValueError where an id is not below V."""
+        self._check_ids(values)
+        for name in ("temperature", "top_p", "min_p", *PENALTIES, "min_position"):
+            getattr(self, name)[slot] = getattr(values, name)
+        self.top_k[slot] = min(values.top_k, self.vocab)
+        self.seed[slot] = _as_int64(values.seed)
+        padding = [NO_ID] * (MAX_STOP_IDS - len(values.stop_ids))
+        self.stop_ids[slot] = self._tensor([*values.stop_ids, *padding], torch.int32)
+        self.has_bias[slot] = values.has_bias
+        self.has_penalties[slot] = values.has_penalties
+        # The rows over the vocabulary are read only where a flag says so: else stale, never seen.
+        if values.has_bias:
+            self._write_bias(self.bias[slot], values)
+        if values.has_penalties:
+            self._write_history(slot, values)
+
+    def record(self, slots: Tensor, token_ids: Tensor) -> None:
+        """Count sampled tokens as output: slots i64[R], each at most once, token_ids i64[R]."""
+        self.output_counts[slots, token_ids] += 1
+
+    def _write_bias(self, row: Tensor, values: SlotValues) -> None:
+        row.fill_(0.0 if values.allowed_ids is None else -math.inf)
+        if values.allowed_ids is not None:
+            row[self._tensor(values.allowed_ids, torch.int64)] = 0.0
+        biased = self._tensor(list(values.bias), torch.int64)
+        row[biased] += self._tensor(list(values.bias.values()), torch.float32)
+
+    def _write_history(self, slot: int, values: SlotValues) -> None:
+        self.prompt_seen[slot] = False
+        self.prompt_seen[slot, self._tensor(values.prompt_ids, torch.int64)] = True
+        output = self._tensor(values.output_ids, torch.int64)
+        self.output_counts[slot] = torch.bincount(output, minlength=self.vocab)
+
+    def _check_ids(self, values: SlotValues) -> None:
+        for name in ("stop_ids", "bias", "allowed_ids", "prompt_ids", "output_ids"):
+            ids = getattr(values, name) or ()
+            _check(name, f"id {max(ids, default=0)}", max(ids, default=0) < self.vocab, self._limit)
+            _check(name, f"id {min(ids, default=0)}", min(ids, default=0) >= 0, self._limit)
+
+    @property
+    def _limit(self) -> str:
+        return f"ids in [0, {self.vocab})"
+
+    def _tensor(self, values: Sequence[float], dtype: torch.dtype) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=self.device)
+
+
+PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+
+
+def _as_int64(seed: int) -> int:
+    """The signed integer with the same low 64 bits."""
+    seed %= 1 << SEED_BITS
+    return seed - (1 << SEED_BITS) if seed >> (SEED_BITS - 1) else seed
+
+
+def _check(name: str, value: object, fits: bool, limit: str) -> None:
+    if not fits:
+        raise ValueError(f"{name}: expected {limit}, got {value}")
