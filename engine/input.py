@@ -109,7 +109,9 @@ class InputProcessor:
             case TextPrompt(text, add_special):
                 ids = _token_ids(self._tokenizer.encode(text, add_special=add_special), field)
             case ChatPrompt():
-                ids = _token_ids(self._tokenizer.encode(self.render(prompt), add_special=False), field)
+                ids = _token_ids(
+                    self._tokenizer.encode(self.render(prompt), add_special=False), field
+                )
             case TokenPrompt(given):
                 ids = _token_ids(given, field)
         if ids.size == 0:

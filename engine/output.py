@@ -49,8 +49,10 @@ class OutputDelta:
         """Append the next delta of the same output."""
         self.text += later.text
         self.token_ids += later.token_ids
-        if later.logprobs:
-            self.logprobs = [*(self.logprobs or ()), *later.logprobs]
+        if self.logprobs is None:
+            self.logprobs = later.logprobs
+        elif later.logprobs is not None:
+            self.logprobs += later.logprobs
         self.finish = later.finish
         self.stop_token_id = later.stop_token_id
         self.stop_string = later.stop_string
@@ -198,14 +200,15 @@ class RequestProgress:
             seed=self.seed,
         )
 
-    def finished_request(self, now_s: float, outcome: FinishReason | None = None) -> FinishedRequest:
+    def finished_request(
+        self, now_s: float, outcome: FinishReason | None = None
+    ) -> FinishedRequest:
         """For the metrics; without an `outcome`, the worst of the outputs' finish reasons."""
-        finishes = {sequence.finish for sequence in self.sequences}
         prefill_s = None
         if self._scheduled_s is not None and self._first_token_s is not None:
             prefill_s = self._first_token_s - self._scheduled_s
         return FinishedRequest(
-            outcome=outcome or next((r for r in WORST_FIRST if r in finishes), "error"),
+            outcome=outcome or self._worst_finish(),
             prompt_tokens=self.prompt_tokens,
             cached_tokens=self._cached_tokens,
             output_tokens=self._output_tokens,
@@ -215,6 +218,10 @@ class RequestProgress:
             total_s=now_s - self.arrival_s,
             itl_s=self._gaps_s,
         )
+
+    def _worst_finish(self) -> FinishReason:
+        finishes = {sequence.finish for sequence in self.sequences}
+        return next(reason for reason in WORST_FIRST if reason in finishes)
 
     @property
     def _output_tokens(self) -> int:

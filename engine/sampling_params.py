@@ -107,8 +107,9 @@ def _check_token_ids(params: SamplingParams, vocab_size: int) -> None:
         for token_id in ids:
             if not 0 <= token_id < vocab_size:
                 _refuse(field, f"token ids in [0, {vocab_size})", f"id {token_id}")
-    allowed = set(params.allowed_token_ids or range(vocab_size))
-    if allowed <= set(params.banned_token_ids or ()):
+    banned = set(params.banned_token_ids or ())
+    allowed = params.allowed_token_ids or range(vocab_size)
+    if all(token_id in banned for token_id in allowed):  # ends at the first that isn't
         _refuse("banned_token_ids", "leave at least one allowed token", "every token is banned")
 
 

@@ -12,8 +12,9 @@ import math
 
 import torch
 import torch.nn.functional as F
-from millrace.kernels.checks import FLOATING_DTYPES
 from torch import Tensor
+
+from millrace.kernels.checks import FLOATING_DTYPES
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:

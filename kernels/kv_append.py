@@ -17,10 +17,11 @@ write_index = 4 * 16 + 5 = 69.
 """
 
 import torch
+from torch import Tensor
+
 from millrace.kernels.checks import expect, expect_contiguous
 from millrace.kernels.norm import rms_norm, rms_norm_reference
 from millrace.kernels.rope import RopeScaling, rope_table
-from torch import Tensor
 
 __all__ = ["RopeScaling", "kv_append", "kv_append_reference", "rope_table"]
 

@@ -11,8 +11,9 @@ x [T, E], weight [E]; T tokens in the step, E hidden size.
 
 import torch
 import torch.nn.functional as F
-from millrace.kernels.checks import expect
 from torch import Tensor
+
+from millrace.kernels.checks import expect
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

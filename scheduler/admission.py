@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from millrace.scheduler.request import Request
+
 SMOOTHING = 0.1  # weight of the newest interval in the drain rate
 FIRST_GUESS_S = 1.0  # retry hint before anything has finished
 MAX_RETRY_AFTER_S = 60.0
@@ -40,12 +42,20 @@ class Admission:
         self._last_end_s: float | None = None
 
     def decide(
-        self, blocks: int, pool_blocks: int, prompt_tokens: int, waiting: int, waiting_tokens: int
+        self, request: Request, blocks: int, pool_blocks: int, waiting: int, waiting_tokens: int
     ) -> Decision:
-        """`blocks`: what the request needs at its longest; the rest describes the queue."""
+        """`blocks`: what the request needs at its longest; the rest describes pool and queue."""
+        prompt_tokens = len(request.prompt)
+        if prompt_tokens == 0:
+            return Refused("the prompt is empty", "prompt", "at least 1 token")
+        if request.max_tokens < 1:
+            return Refused(f"max_tokens is {request.max_tokens}", "max_tokens", "at least 1")
         if blocks > pool_blocks:
             reason = f"needs {blocks} KV blocks at its longest, the cache has {pool_blocks}"
             return Refused(reason, "max_tokens", f"at most {pool_blocks} KV blocks")
+        if prompt_tokens > self._max_waiting_tokens:
+            reason = f"the prompt has {prompt_tokens} tokens, more than the queue ever holds"
+            return Refused(reason, "prompt", f"at most {self._max_waiting_tokens} tokens")
         if waiting >= self._max_waiting:
             return self._busy(waiting, "requests", self._max_waiting)
         if waiting_tokens + prompt_tokens > self._max_waiting_tokens:

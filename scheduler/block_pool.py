@@ -54,7 +54,7 @@ class BlockPool:
             self.refs[block] += 1
 
     def give_back(self, blocks: Sequence[int]) -> None:
-        """One owner less. Last block first, so that chains are evicted from their ends."""
+        """One owner less. Last block first: the cache evicts in this order, leaves first."""
         for block in reversed(blocks):
             self.refs[block] -= 1
             if self.refs[block] == 0 and not self._cache.rest(block):

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
+
 from millrace.scheduler.request import Request
 
 
@@ -33,7 +34,11 @@ class PrefillChunk:
 
 @dataclass(slots=True)
 class StepPlan:
-    """What one step does, as changes to the step before. Apply the fields in this order."""
+    """What one step does, as changes to the step before. Apply the fields in this order.
+
+    A chunk may start behind shared blocks that another chunk of the same step fills. So in each
+    layer the KV of all the step's tokens is written before any of it is read.
+    """
 
     step: int
     released: list[int] = field(default_factory=list)  # slots whose request is gone

@@ -1,19 +1,22 @@
 """Policies: in which order requests wait, and who yields when memory runs out.
 
-First come, first served is the one policy so far; others implement the same three methods.
+First come, first served is the one policy so far; others implement the same methods.
 """
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 from millrace.scheduler.request import Request
+from millrace.scheduler.request_heap import RequestHeap
 
 
 class Policy(Protocol):
-    """Orders the waiting requests. Entries of requests that have ended are skipped unseen."""
+    """Orders the waiting requests. Those that have ended are skipped unseen."""
+
+    def __iter__(self) -> Iterator[Request]:
+        """The waiting requests, in no order."""
 
     def push(self, request: Request) -> None:
         """The request waits (for the first time, or again after a preemption)."""
@@ -35,28 +38,22 @@ class FirstComeFirstServed:
     """By order of arrival. A preempted request keeps its rank, so it is the first to return."""
 
     def __init__(self) -> None:
-        self._heap: list[tuple[int, Request]] = []
-        self._num_dead = 0
+        self._queue = RequestHeap()
+
+    def __iter__(self) -> Iterator[Request]:
+        return iter(self._queue)
 
     def push(self, request: Request) -> None:
-        heapq.heappush(self._heap, (request.arrival, request))
+        self._queue.push(request.arrival, request)
 
     def head(self) -> Request | None:
-        while self._heap and self._heap[0][1].finish is not None:
-            heapq.heappop(self._heap)
-            self._num_dead -= 1
-        return self._heap[0][1] if self._heap else None
+        return self._queue.head()
 
     def pop(self) -> None:
-        heapq.heappop(self._heap)
+        self._queue.pop()
 
     def gone(self, request: Request) -> None:
-        """O(1) amortised: the entry stays, dead, until the dead are half of the heap."""
-        self._num_dead += 1
-        if 2 * self._num_dead > len(self._heap):
-            self._heap = [entry for entry in self._heap if entry[1].finish is None]
-            heapq.heapify(self._heap)
-            self._num_dead = 0
+        self._queue.gone()
 
     def victim(self, running: Iterable[Request]) -> Request:
         """The youngest: the oldest always gets on, so there is always progress."""

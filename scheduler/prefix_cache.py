@@ -4,8 +4,9 @@ A trie whose edges are whole blocks of tokens. It is one dictionary keyed by (pa
 block's int32 bytes): equality is on the tokens themselves, so nothing can collide, and a look-up
 ends at the first miss. Node ids come from a counter and are never used twice.
 
-Invariant: a cached node's parent is cached. Only leaves are evicted, least recently used first.
-An idle node (refs 0) with children waits until they are gone.
+Invariant: a cached node's parent is cached. Only leaves are evicted, least recently used first, and
+one queue gives both: who references a cached block references its whole chain, and gives it back
+from its end. So a parent comes to rest after its children, and the oldest idle node is a leaf.
 """
 
 from __future__ import annotations
@@ -19,13 +20,11 @@ import numpy.typing as npt
 ROOT = 0
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Node:
     parent: int
     key: bytes  # the block's tokens
     block: int
-    num_children: int = 0
-    idle: bool = False  # no request references its block
 
 
 class PrefixCache:
@@ -36,13 +35,17 @@ class PrefixCache:
         self._ids: dict[tuple[int, bytes], int] = {}
         self._nodes: dict[int, _Node] = {}
         self._node_of_block: dict[int, int] = {}
-        self._idle_leaves: OrderedDict[int, None] = OrderedDict()  # oldest first
+        self._idle: OrderedDict[int, None] = OrderedDict()  # nodes nobody references, oldest first
         self._next_id = ROOT + 1
-        self.num_idle = 0
 
     def __len__(self) -> int:
         """Cached blocks, idle or referenced."""
         return len(self._nodes)
+
+    @property
+    def num_idle(self) -> int:
+        """Cached blocks that no request references. All of them can be evicted."""
+        return len(self._idle)
 
     def match(self, tokens: npt.NDArray[np.int32]) -> list[int]:
         """Blocks of the longest cached prefix of `tokens`, whole blocks only."""
@@ -56,11 +59,10 @@ class PrefixCache:
         return blocks
 
     def insert(self, tokens: npt.NDArray[np.int32], blocks: list[int]) -> None:
-        """Index blocks[i] under the i-th full block of `tokens`.
+        """Index blocks[i] under the i-th full block of `tokens`; the caller references them all.
 
         Where another block holds equal content already, that one stays, and ours and all after it
-        remain private: whoever references a cached block then references its whole chain, so an
-        idle block never has a referenced child and can always be had by evicting leaves.
+        remain private: whoever references a cached block then references its whole chain.
         """
         data, node = tokens.tobytes(), ROOT
         for index in range(min(len(blocks), len(data) // self._block_bytes)):
@@ -77,30 +79,21 @@ class PrefixCache:
         node_id = self._node_of_block.get(block)
         if node_id is None:
             return False
-        node = self._nodes[node_id]
-        node.idle = True
-        self.num_idle += 1
-        if node.num_children == 0:
-            self._idle_leaves[node_id] = None
+        self._idle[node_id] = None
         return True
 
     def wake(self, block: int) -> None:
         """An idle cached block is referenced again."""
-        node_id = self._node_of_block[block]
-        self._nodes[node_id].idle = False
-        self.num_idle -= 1
-        self._idle_leaves.pop(node_id, None)
+        del self._idle[self._node_of_block[block]]
 
     def evict(self) -> int | None:
-        """Forget the least recently used idle leaf; returns its block, None if there is none."""
-        if not self._idle_leaves:
+        """Forget the least recently used idle block; returns it, None if there is none."""
+        if not self._idle:
             return None
-        node_id, _ = self._idle_leaves.popitem(last=False)
+        node_id, _ = self._idle.popitem(last=False)
         node = self._nodes.pop(node_id)
         del self._ids[node.parent, node.key]
         del self._node_of_block[node.block]
-        self.num_idle -= 1
-        self._drop_child(node.parent)
         return node.block
 
     def _add(self, parent: int, key: bytes, block: int) -> int:
@@ -109,17 +102,4 @@ class PrefixCache:
         self._ids[parent, key] = node_id
         self._nodes[node_id] = _Node(parent, key, block)
         self._node_of_block[block] = node_id
-        if parent != ROOT:
-            self._nodes[parent].num_children += 1
-            self._idle_leaves.pop(parent, None)
         return node_id
-
-    def _drop_child(self, parent: int) -> None:
-        if parent == ROOT:
-            return
-        node = self._nodes[parent]
-        node.num_children -= 1
-        if node.num_children == 0 and node.idle:
-            # It was last used no later than the child that has just been the oldest.
-            self._idle_leaves[parent] = None
-            self._idle_leaves.move_to_end(parent, last=False)

@@ -15,18 +15,19 @@ Before it: engine/core/loop.py. After it: engine/runner/runner.py, which execute
 
 from __future__ import annotations
 
-import heapq
 from collections import defaultdict
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+
 from millrace.scheduler.admission import Accepted, Admission, Decision
 from millrace.scheduler.block_pool import BlockPool
 from millrace.scheduler.plan import PrefillChunk, StepPlan, StepResult
 from millrace.scheduler.policy import FirstComeFirstServed, Policy
 from millrace.scheduler.prefix_cache import PrefixCache
 from millrace.scheduler.request import NEVER, NO_SLOT, Finish, Request
+from millrace.scheduler.request_heap import RequestHeap
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,7 @@ class Scheduler:
         self.waiting_tokens = 0
         self._followers: dict[int, list[Request]] = defaultdict(list)  # by leader's id
         self._prefilling: dict[int, Request] = {}  # by slot, in order of admission
-        self._deadlines: list[tuple[float, int]] = []
+        self._deadlines = RequestHeap()
         self._num_arrived = 0
         self._free_slots = list(range(limits.max_running - 1, -1, -1))
         self._request_of_slot: list[Request | None] = [None] * limits.max_running
@@ -98,9 +99,9 @@ class Scheduler:
     def submit(self, request: Request) -> Decision:
         """Take a new request into the queue, or say why not. Ids must be unique among the live."""
         decision = self.admission.decide(
+            request,
             self._blocks_for(request.max_length - 1),  # the last token's KV is never computed
             self.limits.num_blocks,
-            len(request.prompt),
             self.num_waiting,
             self.waiting_tokens,
         )
@@ -108,11 +109,11 @@ class Scheduler:
             return decision
         request.arrival = self._num_arrived
         self._num_arrived += 1
+        leader = None if request.leader is None else self.requests.get(request.leader)
         self.requests[request.id] = request
         self._count_waiting(request, +1)
         if request.deadline_s is not None:
-            heapq.heappush(self._deadlines, (request.deadline_s, request.id))
-        leader = None if request.leader is None else self.requests.get(request.leader)
+            self._deadlines.push(request.deadline_s, request)
         if leader is not None and leader.num_computed < len(leader.prompt):
             self._followers[leader.id].append(request)
         else:
@@ -134,6 +135,8 @@ class Scheduler:
         request.finish, request.stop_token, request.error = reason, stop_token, error
         self._ended.append(request)
         self.admission.ended(now_s)
+        if request.deadline_s is not None:
+            self._deadlines.gone()
         if request.slot != NO_SLOT:
             self._leave_slot(request)
         else:
@@ -156,8 +159,8 @@ class Scheduler:
 
     def expire(self, now_s: float) -> None:
         """End every request whose deadline has passed."""
-        while self._deadlines and self._deadlines[0][0] <= now_s:
-            self.finish(heapq.heappop(self._deadlines)[1], Finish.DEADLINE, now_s)
+        while (request := self._deadlines.head(limit=now_s)) is not None:
+            self.finish(request.id, Finish.DEADLINE, now_s)
 
     def abandon(self, error: str, now_s: float = 0.0) -> None:
         """The launched steps are lost: end all that run, and trust no KV computed so far."""

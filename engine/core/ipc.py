@@ -14,10 +14,11 @@ Neither side can be made to hold memory without bound, and they can't wait for e
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import tempfile
 from types import TracebackType
-from typing import Self
+from typing import Self, cast
 
 import msgspec
 import zmq
@@ -51,10 +52,10 @@ class FrontChannel:
 
     def send(self, message: ToCore) -> None:
         """Queue one message; never waits, and reaches nobody once the core is dead."""
-        # With DONTWAIT the future is done on return. A PAIR without a peer and without a
-        # high-water mark answers Again: there's nobody to tell, and the core's death is noticed
-        # elsewhere.
-        sent = self._socket.send(self._encoder.encode(message), zmq.DONTWAIT)
+        # With DONTWAIT the future is done on return. Without a high-water mark, Again means that no
+        # core is connected: its death is noticed elsewhere.
+        data = self._encoder.encode(message)
+        sent = cast("asyncio.Future[object]", self._socket.send(data, zmq.DONTWAIT))
         if not isinstance(sent.exception(), zmq.Again):
             sent.result()
 

@@ -42,7 +42,7 @@ class Launch(msgspec.Struct, frozen=True):
 
 
 class CoreProcess:
-    """One core process that is ready. `start` makes it; belongs to the event loop it was made on."""
+    """One core process that is ready: see `start`. Belongs to the event loop it was made on."""
 
     ready: Ready
 

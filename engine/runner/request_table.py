@@ -8,6 +8,8 @@ S slots, C = max_context tokens, M = blocks of a full context, V vocabulary.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from millrace.engine.core.messages import NewRequest
 from millrace.kernels.slot_sampling import SlotSampling, SlotValues

@@ -139,10 +139,10 @@ class Runner:
         query_lens = torch.cat([torch.ones(len(decodes), dtype=torch.int64), lengths])  # [R]
         query_start = torch.zeros(len(slots) + 1, dtype=torch.int32)
         query_start[1:] = query_lens.cumsum(0)
-        self._computed[decodes] += 1
+        self._computed[decodes.numpy()] += 1
         for chunk in prefill:
             self._computed[chunk.slot] = chunk.start + chunk.length
-        context_lens = torch.from_numpy(self._computed[slots]).to(torch.int32)
+        context_lens = torch.from_numpy(self._computed[slots.numpy()]).to(torch.int32)
         table.computed[slots] = context_lens.long()
         return ForwardBatch(
             token_ids=table.tokens[token_slots, positions],

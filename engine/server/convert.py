@@ -16,9 +16,8 @@ from urllib.parse import quote
 
 import grpc
 
-from millrace.engine.async_engine import RequestOutput
 from millrace.engine.config import MAX_REQUEST_ID_BYTES
-from millrace.engine.core.messages import FinishReason, TokenLogprobs
+from millrace.engine.core.messages import FinishReason, Ready, StepStats, TokenLogprobs
 from millrace.engine.errors import (
     DuplicateRequest,
     EngineUnavailable,
@@ -29,12 +28,13 @@ from millrace.engine.errors import (
     TemplateError,
 )
 from millrace.engine.input import ChatPrompt, GenerationRequest, Prompt, TextPrompt, TokenPrompt
+from millrace.engine.outbox import RequestOutput
 from millrace.engine.output import OutputDelta, Summary
 from millrace.engine.sampling_params import SamplingParams
 from millrace.engine.text.chat import Message
+from millrace.v1 import admin_pb2 as admin
 from millrace.v1 import inference_pb2 as pb
 
-ROLES = ("system", "user", "assistant", "tool")
 MAX_STATUS_CHARS = 1024  # of an error's text: trailers have to fit into 8 KiB of metadata
 MAX_TIMEOUT_MS = 2**53  # exact as a float; more than anybody waits
 MS = 1000  # milliseconds a second
@@ -58,7 +58,7 @@ _CODES: tuple[tuple[type[MillraceError], grpc.StatusCode], ...] = (  # the first
     (DuplicateRequest, grpc.StatusCode.ALREADY_EXISTS),
     (Overloaded, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (EngineUnavailable, grpc.StatusCode.UNAVAILABLE),
-    (TemplateError, grpc.StatusCode.INVALID_ARGUMENT),  # these messages, this model's template
+    (TemplateError, grpc.StatusCode.FAILED_PRECONDITION),  # no other messages would help
     (MillraceError, grpc.StatusCode.INTERNAL),
 )
 
@@ -95,9 +95,9 @@ def score_request(
     return GenerationRequest(request_id, to_prompt(proto.prompt), params, call_timeout_s)
 
 
-def drain_timeout_s(proto_timeout_ms: int | None, default_s: float) -> float:
-    """Return seconds to wait for live requests."""
-    return default_s if proto_timeout_ms is None else _timeout_s(proto_timeout_ms)
+def drain_timeout_s(proto: admin.DrainRequest, default_s: float) -> float:
+    """Return how long to wait for live requests, in seconds. Raises InvalidRequest."""
+    return _timeout_s(proto.timeout_ms) if proto.HasField("timeout_ms") else default_s
 
 
 def checked_request_id(request_id: str) -> str:
@@ -126,11 +126,6 @@ def to_prompt(proto: pb.Prompt, add_special: bool = True) -> Prompt:
 
 
 def _chat_prompt(proto: pb.ChatMessages) -> ChatPrompt:
-    if not proto.messages:
-        _refuse("messages", "at least one", "none")
-    for message in proto.messages:
-        if message.role not in ROLES:
-            _refuse("role", f"one of {', '.join(ROLES)}", repr(message.role[:32]))
     messages = [Message(message.role, message.content) for message in proto.messages]
     add_header = not proto.HasField("add_generation_prompt") or proto.add_generation_prompt
     return ChatPrompt(messages, add_header)
@@ -207,6 +202,42 @@ def score_response(tokens: list[TokenLogprobs], prompt_tokens: int) -> pb.ScoreR
     )
 
 
+def model_response(
+    model: Ready, eos_token_ids: list[int], has_chat_template: bool, version: str
+) -> pb.GetModelResponse:
+    """Return what a client may know of the model."""
+    return pb.GetModelResponse(
+        name=model.model,
+        architecture=model.architecture,
+        vocab_size=model.vocab_size,
+        max_context=model.max_context,
+        num_parameters=model.num_parameters,
+        dtype=model.dtype,
+        device=model.device,
+        backend=model.backend,
+        kv_block_size=model.block_size,
+        kv_blocks=model.num_blocks,
+        max_running=model.max_running,
+        eos_token_ids=eos_token_ids,
+        has_chat_template=has_chat_template,
+        version=version,
+    )
+
+
+def load_response(stats: StepStats, model: Ready, draining: bool) -> admin.GetLoadResponse:
+    """Return the load as of the newest step."""
+    return admin.GetLoadResponse(
+        running=stats.running,
+        waiting=stats.waiting,
+        max_running=model.max_running,
+        kv_blocks_total=model.num_blocks,
+        kv_blocks_used=stats.blocks_used,
+        kv_blocks_cached=stats.blocks_cached,
+        draining=draining,
+        steps=stats.step,
+    )
+
+
 def token_logprobs(tokens: Sequence[TokenLogprobs] | None) -> list[pb.TokenLogprob]:
     """Return the log-probabilities of each token."""
     return [
@@ -262,6 +293,13 @@ class Status:
     metadata: tuple[tuple[str, str], ...] = ()
 
 
+# Ends of a lone request that are no errors to the engine. On Connect they are finish reasons.
+FINISH_STATUS: dict[FinishReason, Status] = {
+    "deadline": Status(grpc.StatusCode.DEADLINE_EXCEEDED, "the request's deadline has passed"),
+    "cancelled": Status(grpc.StatusCode.CANCELLED, "the request was cancelled"),
+}
+
+
 def status_of(error: MillraceError) -> Status:
     """Return the status that an error ends a call with."""
     metadata = []
@@ -271,6 +309,19 @@ def status_of(error: MillraceError) -> Status:
     if isinstance(error, Overloaded):
         metadata.append(("grpc-retry-pushback-ms", str(_retry_after_ms(error))))
     return Status(_code(error), str(error)[:MAX_STATUS_CHARS], tuple(metadata))
+
+
+def unknown_id(request_id: str) -> pb.ConnectResult:
+    """Return the answer to the cancel of a request that is not live."""
+    return pb.ConnectResult(
+        response=pb.GenerateResponse(request_id=request_id[:MAX_REQUEST_ID_BYTES]),
+        failure=pb.Failure(
+            code=grpc.StatusCode.NOT_FOUND.value[0],
+            message="no live request of this stream has this id",
+            field="request_id",
+            limit="of a live request",
+        ),
+    )
 
 
 def failure_of(error: MillraceError) -> pb.Failure:

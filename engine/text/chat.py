@@ -1,123 +1,79 @@
-"""ChatTemplate: messages to the prompt that a chat model was trained on.
+"""load_chat_template: the chat template of a model on disk, and the tokens that it names.
 
-The result equals transformers' `apply_chat_template(..., tokenize=False)`. The template runs in a
-process of its own (template_process.py), bounded in time, memory and output. Messages are checked
-here; whatever the user got wrong is InvalidRequest, whatever the template did is TemplateError.
+`ChatTemplate` and `Message` are in chat_template.py.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from millrace.engine.config import MAX_PROMPT_BYTES
-from millrace.engine.errors import InvalidRequest, TemplateError
-from millrace.engine.text.template_process import TemplateProcess, TemplateSetup, describe
+from millrace.engine.errors import TemplateError
+from millrace.engine.text.chat_template import MAX_TEMPLATE_BYTES, ChatTemplate, Message
+from millrace.engine.text.model_files import ModelFiles, read_bounded, read_json
+from millrace.engine.text.tokenizer import Location
+from millrace.engine.weights.gguf_header import read_gguf_metadata
 
-ROLES = ("system", "user", "assistant", "tool")
-MAX_TEMPLATE_BYTES = 2**20
-MAX_VARIABLES_BYTES = 2 * MAX_PROMPT_BYTES  # of the JSON of a request's keyword arguments
-RENDER_CPU_S = 2.0
-RENDER_MEMORY_BYTES = 2**30  # the largest prompt needs about a third
+__all__ = ["ChatTemplate", "Message", "load_chat_template"]
 
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """One turn of a conversation."""
-
-    role: str  # one of ROLES
-    content: str
+GGUF_TOKENS = {
+    "bos_token": "tokenizer.ggml.bos_token_id",
+    "eos_token": "tokenizer.ggml.eos_token_id",
+    "unk_token": "tokenizer.ggml.unknown_token_id",
+    "pad_token": "tokenizer.ggml.padding_token_id",
+}
 
 
-class ChatTemplate:
-    """A compiled chat template. Threads may share it."""
+def load_chat_template(location: Location) -> ChatTemplate | None:
+    """The chat template of the folder or the .gguf file at `location.path`; None if it has none.
 
-    def __init__(
-        self,
-        source: str,
-        bos_token: str | None = None,
-        eos_token: str | None = None,
-        unk_token: str | None = None,
-        pad_token: str | None = None,
-    ) -> None:
-        """Compiles `source`; a token that is None is undefined in the template.
-
-        Raises TemplateError naming the line if it does not compile or is too large.
-        """
-        size = len(source.encode(errors="surrogatepass"))
-        if size > MAX_TEMPLATE_BYTES:
-            raise TemplateError(f"chat template: {size} bytes, at most {MAX_TEMPLATE_BYTES}")
-        tokens = {
-            "bos_token": bos_token,
-            "eos_token": eos_token,
-            "unk_token": unk_token,
-            "pad_token": pad_token,
-        }
-        known = {name: token for name, token in tokens.items() if token is not None}
-        setup = TemplateSetup(
-            source=source,
-            variables={"tools": None, "documents": None} | known,
-            max_bytes=MAX_PROMPT_BYTES,
-            memory_bytes=RENDER_MEMORY_BYTES,
-            cpu_s=RENDER_CPU_S,
-        )
-        self._process = TemplateProcess(setup)
-
-    def render(
-        self, messages: Sequence[Message], add_generation_prompt: bool = True, **kwargs: Any
-    ) -> str:
-        """The prompt text; `add_generation_prompt` ends it where the assistant's answer begins.
-
-        `kwargs` are further variables of the template, such as tools or enable_thinking; JSON
-        values only. Raises InvalidRequest(field="messages") if the messages are malformed, the
-        template refuses them or the text is too long; TemplateError if the template fails.
-        """
-        _check_messages(messages)
-        _check_kwargs(kwargs)
-        variables = kwargs | {
-            "messages": [asdict(message) for message in messages],
-            "add_generation_prompt": add_generation_prompt,
-        }
-        answer = self._process.render(variables)
-        if "text" in answer:
-            return str(answer["text"])
-        if "refusal" in answer:
-            limit = "what the chat template accepts"
-            raise InvalidRequest(f"messages: {answer['refusal']}", "messages", limit)
-        if "too_long" in answer:
-            raise _too_long("the rendered chat")
-        raise TemplateError(describe(answer))
-
-    def close(self) -> None:
-        """End the template's process; this also happens when the object goes away."""
-        self._process.close()
+    In a folder, chat_template.jinja beats tokenizer_config.json, which beats chat_template.json.
+    Raises TemplateError if it is malformed or does not compile.
+    """
+    path = location.path
+    if path.is_file():
+        return chat_template_from_gguf(read_gguf_metadata(path))
+    files = ModelFiles.read(path)
+    source = _folder_source(path, files)
+    return None if source is None else ChatTemplate(source, **files.named_tokens())
 
 
-def _check_messages(messages: Sequence[Message]) -> None:
-    if not messages:
-        raise InvalidRequest("messages: empty", "messages", "at least one message")
-    for index, message in enumerate(messages):
-        if message.role not in ROLES:
-            limit = "role is one of " + ", ".join(ROLES)
-            raise InvalidRequest(
-                f"messages[{index}]: unknown role {message.role!r}; {limit}", "messages", limit
-            )
-    if sum(len(message.content) for message in messages) > MAX_PROMPT_BYTES:
-        raise _too_long("their content")
+def chat_template_from_gguf(metadata: Mapping[str, Any]) -> ChatTemplate | None:
+    """The chat template in a GGUF file's metadata; None if there is none."""
+    source = metadata.get("tokenizer.chat_template")
+    if source is None:
+        return None
+    vocabulary = metadata.get("tokenizer.ggml.tokens", ())
+    tokens = {
+        name: vocabulary[metadata[key]]
+        for name, key in GGUF_TOKENS.items()
+        if metadata.get(key) in range(len(vocabulary))
+    }
+    return ChatTemplate(_default_of(source), **tokens)
 
 
-def _too_long(what: str) -> InvalidRequest:
-    limit = f"at most {MAX_PROMPT_BYTES} bytes"
-    return InvalidRequest(f"messages: {what} is longer than {MAX_PROMPT_BYTES} bytes", "messages", limit)
+def _folder_source(folder: Path, files: ModelFiles) -> str | None:
+    jinja = folder / "chat_template.jinja"
+    if jinja.is_file():
+        try:
+            return read_bounded(jinja, MAX_TEMPLATE_BYTES).decode()
+        except UnicodeDecodeError as error:
+            raise TemplateError(f"{jinja}: not UTF-8: {error}") from error
+    source = files.tokenizer_config.get("chat_template")
+    if source is None:
+        source = read_json(folder / "chat_template.json").get("chat_template")
+    return None if source is None else _default_of(source)
 
 
-def _check_kwargs(kwargs: Mapping[str, Any]) -> None:
-    field, limit = "chat_template_kwargs", f"JSON of at most {MAX_VARIABLES_BYTES} bytes"
-    try:
-        size = len(json.dumps(kwargs))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise InvalidRequest(f"{field}: not JSON: {error}", field, limit) from error
-    if size > MAX_VARIABLES_BYTES:
-        raise InvalidRequest(f"{field}: {size} bytes of JSON, {limit}", field, limit)
+def _default_of(source: Any) -> str:
+    """The template, or the one named "default" in a list of {"name", "template"}."""
+    if isinstance(source, list):
+        named = {e.get("name"): e.get("template") for e in source if isinstance(e, dict)}
+        if "default" not in named:
+            names = ", ".join(map(str, named))
+            raise TemplateError(f'chat template: none is named "default" among: {names}')
+        source = named["default"]
+    if not isinstance(source, str):
+        raise TemplateError(f"chat template: expected text, not {type(source).__name__}")
+    return source

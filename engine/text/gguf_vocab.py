@@ -10,11 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 from typing import Any, TypeVar
 
 import tokenizers
-from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import AddedToken, decoders, models
 
 from millrace.engine.errors import ModelError, UnsupportedModel
@@ -22,26 +20,15 @@ from millrace.engine.text.hf_tokenizer import HFTokenizer
 from millrace.engine.text.model_files import SpecialTokens
 from millrace.engine.text.pieces import SPACE_SYMBOL
 from millrace.engine.text.pretokenizers import find_pre_tokenizer
+from millrace.engine.text.spm_model import Piece, PieceType, spm_model
 from millrace.engine.text.spm_tokenizer import SPMTokenizer
 from millrace.engine.text.vocabulary import MAX_VOCAB_SIZE, Tokenizer
 
 PREFIX = "tokenizer.ggml."
 # Control tokens that end a turn. Old files name only the end of a whole text as EOS.
 TURN_ENDS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
-MAX_TYPE_NAMES = 20
 
 T = TypeVar("T")
-
-
-class TokenType(IntEnum):
-    """`tokenizer.ggml.token_type`; the same numbers as sentencepiece's."""
-
-    NORMAL = 1
-    UNKNOWN = 2
-    CONTROL = 3
-    USER_DEFINED = 4
-    UNUSED = 5
-    BYTE = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,22 +37,23 @@ class GGUFVocab:
 
     metadata: Mapping[str, Any]
     tokens: list[str]
-    types: list[TokenType]
+    types: list[PieceType]
 
-    @staticmethod
-    def read(metadata: Mapping[str, Any]) -> GGUFVocab:
+    @classmethod
+    def read(cls, metadata: Mapping[str, Any]) -> GGUFVocab:
         """Raises ModelError naming the key that is absent or malformed."""
         tokens = _array(metadata, "tokens", str)
         if not 0 < len(tokens) <= MAX_VOCAB_SIZE:
-            raise ModelError(f"{PREFIX}tokens: {len(tokens)} tokens, expected 1 to {MAX_VOCAB_SIZE}")
+            limit = f"expected 1 to {MAX_VOCAB_SIZE}"
+            raise ModelError(f"{PREFIX}tokens: {len(tokens)} tokens, {limit}")
         if len(set(tokens)) < len(tokens):
             raise ModelError(f"{PREFIX}tokens: {_first_duplicate(tokens)!r} occurs twice")
-        types = [TokenType.NORMAL] * len(tokens)
+        types = [PieceType.NORMAL] * len(tokens)
         if PREFIX + "token_type" in metadata:
-            types = _array(metadata, "token_type", TokenType, len(tokens))
-        return GGUFVocab(metadata, tokens, types)
+            types = _array(metadata, "token_type", PieceType, len(tokens))
+        return cls(metadata, tokens, types)
 
-    def of_type(self, *types: TokenType) -> list[int]:
+    def of_type(self, *types: PieceType) -> list[int]:
         return [token_id for token_id, kind in enumerate(self.types) if kind in types]
 
     def token_id(self, name: str) -> int | None:
@@ -84,7 +72,7 @@ class GGUFVocab:
     def special_tokens(self, add_bos: bool) -> SpecialTokens:
         """`add_bos` is what the kind of vocabulary does where the file says nothing."""
         ends = {self.token_id(name) for name in ("eos", "eot", "eom")}
-        control = self.of_type(TokenType.CONTROL)
+        control = self.of_type(PieceType.CONTROL)
         ends |= {token_id for token_id in control if self.tokens[token_id] in TURN_ENDS}
         named = {self.token_id(name) for name in ("bos", "eos", "unknown", "padding")}
         return SpecialTokens(
@@ -123,8 +111,8 @@ def _byte_level_bpe(vocab: GGUFVocab) -> HFTokenizer:
         backend.normalizer = normalizer
     backend.pre_tokenizer = pre_tokenizer.splitter()
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(_added(vocab, TokenType.CONTROL))
-    backend.add_tokens(_added(vocab, TokenType.USER_DEFINED))
+    backend.add_special_tokens(_added(vocab, PieceType.CONTROL))
+    backend.add_tokens(_added(vocab, PieceType.USER_DEFINED))
     return HFTokenizer(backend, vocab.special_tokens(add_bos=pre_tokenizer.add_bos))
 
 
@@ -135,8 +123,8 @@ def _merge(line: str) -> tuple[str, str]:
     return left, right
 
 
-def _added(vocab: GGUFVocab, kind: TokenType) -> list[AddedToken]:
-    special = kind is TokenType.CONTROL
+def _added(vocab: GGUFVocab, kind: PieceType) -> list[AddedToken]:
+    special = kind is PieceType.CONTROL
     spellings = (vocab.tokens[token_id] for token_id in vocab.of_type(kind))
     return [AddedToken(s, normalized=False, special=special) for s in spellings if s]
 
@@ -145,24 +133,24 @@ def _sentencepiece(vocab: GGUFVocab) -> SPMTokenizer:
     scores = _array(vocab.metadata, "scores", float, len(vocab.tokens))
     if not all(map(math.isfinite, scores)):
         raise ModelError(f"{PREFIX}scores: a score is not a finite number")
-    unknown = vocab.of_type(TokenType.UNKNOWN)
+    unknown = vocab.of_type(PieceType.UNKNOWN)
     if len(unknown) != 1:
         raise ModelError(f"{PREFIX}token_type: {len(unknown)} unknown tokens, expected one")
-    model = ModelProto()
-    for token_id, (token, kind) in enumerate(zip(vocab.tokens, vocab.types, strict=True)):
-        if kind is TokenType.USER_DEFINED:
-            token = token.replace(" ", SPACE_SYMBOL)  # sentencepiece sees text with spaces escaped
-        if not token:
-            token, kind = f"[EMPTY_{token_id}]", TokenType.UNUSED
-        model.pieces.add(piece=token, score=scores[token_id], type=int(kind))
-    trainer, normalizer = model.trainer_spec, model.normalizer_spec
-    trainer.model_type = trainer.BPE
-    trainer.unk_id = unknown[0]
-    trainer.byte_fallback = TokenType.BYTE in vocab.types
-    normalizer.name = "identity"
-    normalizer.add_dummy_prefix = vocab.flag("add_space_prefix", True)
-    normalizer.remove_extra_whitespaces = vocab.flag("remove_extra_whitespaces", False)
+    model = spm_model(
+        map(_piece, range(len(scores)), vocab.tokens, scores, vocab.types),
+        unk_id=unknown[0],
+        add_dummy_prefix=vocab.flag("add_space_prefix", True),
+        remove_extra_whitespaces=vocab.flag("remove_extra_whitespaces", False),
+    )
     return SPMTokenizer(model, vocab.special_tokens(add_bos=True))
+
+
+def _piece(token_id: int, token: str, score: float, kind: PieceType) -> Piece:
+    if not token:
+        return Piece(f"[EMPTY_{token_id}]", score, PieceType.UNUSED)
+    if kind is PieceType.USER_DEFINED:
+        token = token.replace(" ", SPACE_SYMBOL)  # sentencepiece sees text with spaces escaped
+    return Piece(token, score, kind)
 
 
 def _array(

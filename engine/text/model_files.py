@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from millrace.engine.errors import ModelError
+from millrace.engine.text.vocabulary import MAX_VOCAB_SIZE
 
 MAX_CONFIG_BYTES = 32 * 2**20  # of one JSON file beside the weights
 MAX_TOKENIZER_BYTES = 256 * 2**20  # tokenizer.json or tokenizer.model
@@ -50,9 +51,9 @@ class ModelFiles:
     def special_tokens(self, id_of: Callable[[str], int | None]) -> SpecialTokens:
         """The special tokens' ids; `id_of` is the vocabulary's own lookup."""
         ids = {name: id_of(spelling) for name, spelling in self.named_tokens().items()}
-        eos_ids = {*self._listed_eos_ids(), ids.get("eos_token")} - {None}
+        eos_ids = {*self._listed_eos_ids(), ids.get("eos_token")}
         bos_id = ids.get("bos_token")
-        if bos_id is None and type(self.config.get("bos_token_id")) is int:
+        if bos_id is None and _is_id(self.config.get("bos_token_id")):
             bos_id = self.config["bos_token_id"]
         flag = self.tokenizer_config.get("add_bos_token")
         return SpecialTokens(
@@ -71,8 +72,8 @@ class ModelFiles:
             for token_id in value if isinstance(value, list) else [value]:
                 if token_id is None:
                     continue
-                if type(token_id) is not int or token_id < 0:
-                    raise ModelError(f"{name}: eos_token_id {value!r} is not an id or a list of ids")
+                if not _is_id(token_id):
+                    raise ModelError(f"{name}: eos_token_id {value!r}: expected one id or a list")
                 yield token_id
 
 
@@ -102,6 +103,10 @@ def read_bounded(path: Path, max_bytes: int) -> bytes:
     if len(data) > max_bytes:
         raise ModelError(f"{path}: larger than {max_bytes} bytes")
     return data
+
+
+def _is_id(value: Any) -> bool:
+    return type(value) is int and 0 <= value < MAX_VOCAB_SIZE
 
 
 def _spelling(value: Any) -> str | None:

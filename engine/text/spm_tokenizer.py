@@ -12,9 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from google.protobuf.message import DecodeError
 from sentencepiece import SentencePieceProcessor
-from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from millrace.engine.errors import ModelError, UnsupportedModel
 from millrace.engine.text.model_files import (
@@ -25,41 +23,35 @@ from millrace.engine.text.model_files import (
     read_json,
 )
 from millrace.engine.text.pieces import SPACE_SYMBOL, byte_token
+from millrace.engine.text.spm_model import without_dummy_prefix
 from millrace.engine.text.vocabulary import MAX_VOCAB_SIZE, Tokenizer, Vocabulary
 
 MAX_ADDED_TOKEN_CHARS = 128  # one level of the pattern's nesting each
-
-Piece = ModelProto.SentencePiece
-"""A token in the model; its `type` is numbered as GGUF's token types are."""
-CONTROL_TYPES = (Piece.CONTROL, Piece.UNKNOWN)
 
 
 class SPMTokenizer(Tokenizer):
     """A sentencepiece model behind the Tokenizer interface."""
 
     def __init__(
-        self, model: ModelProto, special: SpecialTokens, added: Mapping[str, int] | None = None
+        self, model: bytes, special: SpecialTokens, added: Mapping[str, int] | None = None
     ) -> None:
-        """`added` are tokens, {spelling: id}, beyond the model's own or in place of some of them.
+        """`model` is a serialised ModelProto; `added` are tokens, {spelling: id}, besides its own.
 
         Added and control tokens are found in the text before sentencepiece sees it. Raises
-        ModelError if sentencepiece refuses the model.
+        ModelError if sentencepiece refuses the model, UnsupportedModel if it puts the space that
+        marks a word's start at its end.
         """
-        self._start = _processor(model)
-        rest = ModelProto()
-        rest.CopyFrom(model)
-        rest.normalizer_spec.add_dummy_prefix = False
-        self._rest = _processor(rest)
-        vocabulary = _vocabulary(model, special, added or {})
+        self._start = processor(model)
+        self._rest = processor(without_dummy_prefix(model))
+        vocabulary = _vocabulary(self._start, special, added or {})
         self._add_bos = special.add_bos is not False
-        self._added_ids = {
-            piece.piece: token_id
-            for token_id, piece in enumerate(model.pieces)
-            if token_id in vocabulary.special_ids
-        } | dict(added or {})
-        plain = [s for s, i in self._added_ids.items() if i not in vocabulary.special_ids]
+        control_ids = [i for i in vocabulary.special_ids if i < self._start.vocab_size()]
+        controls = dict(zip(self._start.IdToPiece(control_ids), control_ids, strict=True))
+        self._added_ids = {**controls, **(added or {})}
         self._added = _any_of(self._added_ids)
-        self._added_plain = _any_of(plain)
+        self._added_plain = _any_of(
+            s for s, i in self._added_ids.items() if i not in vocabulary.special_ids
+        )
         super().__init__(vocabulary)
 
     def _encode(self, text: str, add_special: bool, parse_special: bool) -> list[int]:
@@ -83,17 +75,12 @@ class SPMTokenizer(Tokenizer):
 def load_spm_tokenizer(path: Path, files: ModelFiles) -> SPMTokenizer:
     """The tokenizer in `path`, a tokenizer.model, with the tokens that the folder's files add.
 
-    Raises ModelError if the file is not a sentencepiece model.
+    Raises ModelError if the file is not a sentencepiece model or an added token is malformed.
     """
-    model = ModelProto()
-    try:
-        model.ParseFromString(read_bounded(path, MAX_TOKENIZER_BYTES))
-    except DecodeError as error:
-        raise ModelError(f"{path}: not a sentencepiece model") from error
-    if model.trainer_spec.treat_whitespace_as_suffix:
-        raise UnsupportedModel(f"{path}: treat_whitespace_as_suffix is not supported")
+    model = read_bounded(path, MAX_TOKENIZER_BYTES)
+    spellings = _spellings(processor(model))
     added, control_ids = _added_tokens(path.parent, files)
-    ids = {piece.piece: token_id for token_id, piece in enumerate(model.pieces)} | added
+    ids = {spelling: token_id for token_id, spelling in enumerate(spellings)} | added
     named = files.special_tokens(ids.get)
     special = SpecialTokens(
         bos_id=named.bos_id if named.bos_id is not None else ids.get("<s>"),
@@ -122,43 +109,46 @@ def _added_tokens(folder: Path, files: ModelFiles) -> tuple[dict[str, int], froz
     return added, frozenset(control_ids)
 
 
-def _processor(model: ModelProto) -> SentencePieceProcessor:
+def processor(model: bytes) -> SentencePieceProcessor:
+    """Raises ModelError with sentencepiece's own reason if `model` is not one of its models."""
+    if not model:
+        raise ModelError("tokenizer: not a sentencepiece model: it is empty")
     try:
-        return SentencePieceProcessor(model_proto=model.SerializeToString())
+        return SentencePieceProcessor(model_proto=model)
     except (RuntimeError, ValueError) as error:
-        raise ModelError(f"tokenizer: sentencepiece refuses the vocabulary: {error}") from error
+        raise ModelError(f"tokenizer: not a sentencepiece model: {error}") from error
 
 
-def _vocabulary(model: ModelProto, special: SpecialTokens, added: Mapping[str, int]) -> Vocabulary:
-    size = max([len(model.pieces) - 1, *added.values()]) + 1
+def _spellings(model: SentencePieceProcessor) -> list[str]:
+    spellings: list[str] = model.IdToPiece(list(range(model.vocab_size())))
+    return spellings
+
+
+def _vocabulary(
+    model: SentencePieceProcessor, special: SpecialTokens, added: Mapping[str, int]
+) -> Vocabulary:
+    normalized = model.Normalize("a")
+    if normalized.endswith(SPACE_SYMBOL):
+        raise UnsupportedModel("tokenizer: treat_whitespace_as_suffix is not supported")
+    size = max([model.vocab_size() - 1, *added.values()]) + 1
     if size > MAX_VOCAB_SIZE or min(added.values(), default=0) < 0:
         raise ModelError(f"tokenizer: token ids must be in [0, {MAX_VOCAB_SIZE})")
+    own = range(model.vocab_size())
+    control_ids = {i for i in own if model.IsControl(i) or model.IsUnknown(i)}
     pieces = [b""] * size
-    pieces[: len(model.pieces)] = map(_piece_bytes, model.pieces)
+    for token_id, spelling in zip(own, _spellings(model), strict=True):
+        byte = byte_token(spelling) if model.IsByte(token_id) else None
+        shown = spelling if token_id in control_ids else spelling.replace(SPACE_SYMBOL, " ")
+        pieces[token_id] = shown.encode() if byte is None else byte
     for spelling, token_id in added.items():
         pieces[token_id] = spelling.encode()
-    control_ids = {
-        token_id
-        for token_id, piece in enumerate(model.pieces)
-        if piece.type in CONTROL_TYPES
-    }
     return Vocabulary(
         pieces=tuple(pieces),
         special_ids=special.control_ids | control_ids,
         bos_id=special.bos_id,
         eos_ids=special.eos_ids,
-        strips_leading_space=model.normalizer_spec.add_dummy_prefix,
+        strips_leading_space=normalized.startswith(SPACE_SYMBOL),
     )
-
-
-def _piece_bytes(piece: Piece) -> bytes:
-    spelling: str = piece.piece
-    byte = byte_token(spelling) if piece.type == Piece.BYTE else None
-    if byte is not None:
-        return byte
-    if piece.type in CONTROL_TYPES:
-        return spelling.encode()
-    return spelling.replace(SPACE_SYMBOL, " ").encode()
 
 
 def _any_of(spellings: Iterable[str]) -> re.Pattern[str]:

@@ -20,7 +20,10 @@ class StopMatcher:
     """
 
     def __init__(self, stops: Sequence[str], include_stop: bool = False) -> None:
-        """`include_stop` releases the stop string itself too. Raises InvalidRequest on an empty one."""
+        """`include_stop` releases the stop string itself too.
+
+        Raises InvalidRequest if a stop string is empty.
+        """
         if not all(stops):
             raise InvalidRequest("stop: a stop string is empty", "stop", "at least one character")
         self._include_stop = include_stop

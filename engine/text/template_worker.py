@@ -5,9 +5,9 @@ multiplication inside a single C call. No check within the same process stops al
 runs here, where the kernel ends it: SIGPROF when its CPU time is up, MemoryError at the limit of
 its address space. Jinja's sandbox is still between the template and Python.
 
-Speaks JSON lines with template_process.py: first a Setup, answered with {} or an error; then one object of
-template variables a line, answered with {"text"}, {"refusal"}, {"error", "line"} or {"too_long"}.
-Imports little, since it starts with every server.
+Speaks JSON lines with template_process.py: first a TemplateSetup, answered with {} or an error;
+then the variables of one rendering a line, each answered with one of {"text"}, {"refusal"},
+{"error", "line"} and {"too_long"}. Imports little, since it starts with every server.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import signal
 import sys
 from collections.abc import Callable
 from datetime import datetime
+from functools import partial
 from typing import Any, BinaryIO
 
 import jinja2
@@ -33,7 +34,7 @@ class Refusal(jinja2.TemplateError):
 
 
 class GenerationBlock(Extension):
-    """`{% generation %}` marks what the assistant wrote; transformers' training needs it, we don't."""
+    """`{% generation %}` marks what the assistant wrote, for training; here it changes nothing."""
 
     tags = {"generation"}  # noqa: RUF012 - declared so by jinja2
 
@@ -139,23 +140,27 @@ def _line(error: Exception) -> int | None:
 
 def serve(requests: BinaryIO, answers: BinaryIO) -> None:
     """Answer line by line until the parent closes the pipe, or is gone."""
-
-    def exchange(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        signal.setitimer(signal.ITIMER_PROF, setup["cpu_s"])  # SIGPROF's default is to terminate
-        result = answer(work)
-        answers.write(json.dumps(result).encode() + b"\n")
-        answers.flush()
-        signal.setitimer(signal.ITIMER_PROF, 0.0)
-        return result
-
     setup = json.loads(requests.readline())
     resource.setrlimit(resource.RLIMIT_AS, (setup["memory_bytes"], setup["memory_bytes"]))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    templates: list[jinja2.Template] = []
-    exchange(lambda: templates.append(compile_template(setup["source"])) or {})
+
+    def exchange(work: Callable[[], dict[str, Any]]) -> None:
+        signal.setitimer(signal.ITIMER_PROF, setup["cpu_s"])  # SIGPROF's default is to terminate
+        answers.write(json.dumps(answer(work)).encode() + b"\n")
+        answers.flush()
+        signal.setitimer(signal.ITIMER_PROF, 0.0)
+
+    template: jinja2.Template
+
+    def compile_first() -> dict[str, Any]:
+        nonlocal template
+        template = compile_template(setup["source"])
+        return {}
+
+    exchange(compile_first)
     for line in requests:
         variables = setup["variables"] | json.loads(line)
-        exchange(lambda: render(templates[0], variables, setup["max_bytes"]))
+        exchange(partial(render, template, variables, setup["max_bytes"]))
 
 
 if __name__ == "__main__":

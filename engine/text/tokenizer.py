@@ -15,7 +15,7 @@ from millrace.engine.text.hf_tokenizer import load_hf_tokenizer
 from millrace.engine.text.model_files import ModelFiles
 from millrace.engine.text.spm_tokenizer import load_spm_tokenizer
 from millrace.engine.text.vocabulary import Tokenizer
-from millrace.engine.weights.gguf import read_gguf_metadata
+from millrace.engine.weights.gguf_header import read_gguf_metadata
 
 __all__ = ["Tokenizer", "load_tokenizer"]
 

@@ -95,7 +95,5 @@ class Tokenizer(ABC):
         """
         pieces, special = self._vocabulary.pieces, self._vocabulary.special_ids
         return b"".join(
-            pieces[i]
-            for i in ids
-            if 0 <= i < len(pieces) and not (skip_special and i in special)
+            pieces[i] for i in ids if 0 <= i < len(pieces) and not (skip_special and i in special)
         )

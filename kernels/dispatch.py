@@ -1,0 +1,108 @@
+"""Which implementation of each operation runs: a table, looked up once when the engine starts.
+
+    auto        triton on CUDA, torch on a CPU
+    torch       plain PyTorch; on a CPU the forms tuned for it
+    triton      Triton kernels; on a CPU only in Triton's interpreter (TRITON_INTERPRET=1), for tests
+    reference   the definitions: slow, for comparison
+
+Everything above `kernels` calls through an `Operations` and never asks which device it is on.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from millrace.kernels import activation, attention, attention_cpu, kv_append, matmul, norm
+from millrace.kernels.sampling import SampledTokens, sample_reference
+from millrace.kernels.sampling_cpu import sample_cpu
+
+try:
+    from millrace.kernels import attention_triton
+except ImportError:  # Triton has no wheel for this platform
+    attention_triton = None  # type: ignore[assignment]
+
+BACKENDS = ("auto", "torch", "triton", "reference")
+
+
+@dataclass(frozen=True, slots=True)
+class Operations:
+    """The operations of one backend; their arguments are those of the functions named here."""
+
+    name: str  # "torch", "triton" or "reference"
+    rms_norm: Callable[..., Tensor]  # norm.rms_norm
+    add_rms_norm: Callable[..., tuple[Tensor, Tensor]]  # norm.add_rms_norm
+    silu_mul: Callable[..., Tensor]  # activation.silu_mul
+    gelu_tanh_mul: Callable[..., Tensor]  # activation.gelu_tanh_mul
+    kv_append: Callable[..., Tensor]  # kv_append.kv_append
+    prepare_attention: Callable[..., Any]  # (batch, block_size, window) -> what the next one takes
+    paged_attention: Callable[..., Tensor]  # (q, k_cache, v_cache, prepared, *, scale, softcap)
+    pack_linear: Callable[..., matmul.PackedLinear]  # matmul.pack_linear
+    sample: Callable[..., SampledTokens]  # sampling.sample_reference
+
+
+REFERENCE = Operations(
+    name="reference",
+    rms_norm=norm.rms_norm_reference,
+    add_rms_norm=norm.add_rms_norm_reference,
+    silu_mul=activation.silu_mul_reference,
+    gelu_tanh_mul=activation.gelu_tanh_mul_reference,
+    kv_append=kv_append.kv_append_reference,
+    prepare_attention=attention.prepare_attention,
+    paged_attention=attention.paged_attention_reference,
+    pack_linear=matmul.pack_linear_reference,
+    sample=sample_reference,
+)
+
+TORCH_ON_GPU = replace(
+    REFERENCE,
+    name="torch",
+    rms_norm=norm.rms_norm,
+    add_rms_norm=norm.add_rms_norm,
+    silu_mul=activation.silu_mul,
+    gelu_tanh_mul=activation.gelu_tanh_mul,
+    kv_append=kv_append.kv_append,
+    pack_linear=matmul.pack_linear,
+)
+
+TORCH_ON_CPU = replace(
+    TORCH_ON_GPU,
+    prepare_attention=attention_cpu.prepare_attention_cpu,
+    paged_attention=attention_cpu.paged_attention_cpu,
+    sample=sample_cpu,
+)
+
+
+def operations(device: torch.device, attention_backend: str = "auto") -> Operations:
+    """The table for `device`; ValueError where the backend is unknown or cannot run there."""
+    if attention_backend not in BACKENDS:
+        raise ValueError(
+            f"attention_backend: expected one of {', '.join(BACKENDS)}, got {attention_backend!r}"
+        )
+    on_gpu = device.type == "cuda"
+    if attention_backend == "auto":
+        attention_backend = "triton" if on_gpu else "torch"
+    if attention_backend == "reference":
+        return REFERENCE
+    if attention_backend == "torch":
+        return TORCH_ON_GPU if on_gpu else TORCH_ON_CPU
+    return _triton_operations(on_gpu)
+
+
+def _triton_operations(on_gpu: bool) -> Operations:
+    if attention_triton is None:
+        raise ValueError("attention_backend: triton is not installed; expected torch or reference")
+    if not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            "attention_backend: triton on a CPU runs only in the interpreter (TRITON_INTERPRET=1); "
+            "expected torch or reference"
+        )
+    return replace(
+        TORCH_ON_GPU,
+        name="triton",
+        prepare_attention=attention.prepare_attention,
+        paged_attention=attention_triton.paged_attention,
+    )

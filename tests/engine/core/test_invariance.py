@@ -1,0 +1,71 @@
+"""A request gives the same tokens alone, in a crowd, and whatever happens around it (fp32, CPU)."""
+
+import pytest
+
+SAMPLED = [
+    {"temperature": 0.0},
+    {"temperature": 1.0},
+    {"temperature": 0.7, "top_p": 0.9},
+    {"temperature": 1.3, "top_k": 20, "min_p": 0.02},
+    {"temperature": 0.9, "repetition_penalty": 1.3, "frequency_penalty": 0.4},
+    {"temperature": 1.0, "presence_penalty": 1.5, "logit_bias": {5: 3.0, 9: -100.0}},
+    {"temperature": 1.0, "allowed_token_ids": [2, 10, 20, 30, 40, 50]},
+    {"temperature": 1.0, "banned_token_ids": list(range(60, 120)), "min_tokens": 10},
+]
+
+
+def submit_all(world, prompts):
+    for index, prompt in enumerate(prompts):
+        params = SAMPLED[index % len(SAMPLED)]
+        world.submit(index, prompt, max_tokens=24, **({"seed": 100 + index} | params))
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_llama, prompts, world_class):
+    """Every prompt's tokens when it has the engine to itself."""
+    tokens = {}
+    for index, prompt in enumerate(prompts):
+        world = world_class(tiny_llama.path, prefix_caching=False)
+        params = SAMPLED[index % len(SAMPLED)]
+        world.submit(index, prompt, max_tokens=24, **({"seed": 100 + index} | params))
+        world.run()
+        tokens[index] = world.tokens(index)
+    return tokens
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({}, id="crowd"),
+        pytest.param({"max_step_tokens": 9}, id="small chunks"),
+        pytest.param({"block_size": 32}, id="larger blocks"),
+        pytest.param({"prefix_caching": False}, id="no prefix cache"),
+        pytest.param({"run_ahead": 1}, id="one step ahead"),
+        pytest.param({"run_ahead": 2, "max_step_tokens": 16}, id="two steps ahead"),
+    ],
+)
+def test_same_tokens_as_alone(make_world, prompts, alone, settings):
+    world = make_world(**settings)
+    submit_all(world, prompts)
+    world.run()
+    assert {index: world.tokens(index) for index in alone} == alone
+
+
+@pytest.mark.parametrize("run_ahead", [0, 1, 2])
+def test_same_tokens_as_alone_under_preemption(make_world, prompts, alone, run_ahead):
+    bytes_per_block = 2 * 3 * 2 * 8 * 4 * 16  # K and V, layers, heads, dim, fp32, tokens
+    world = make_world(run_ahead=run_ahead, kv_cache_memory=14 * bytes_per_block)
+    submit_all(world, prompts)
+    world.run()
+    assert sum(stats.preemptions for stats in world.stats) > 0
+    assert {index: world.tokens(index) for index in alone} == alone
+
+
+def test_same_tokens_in_any_order_of_arrival(make_world, prompts, alone):
+    world = make_world()
+    for index in reversed(range(len(prompts))):
+        params = SAMPLED[index % len(SAMPLED)]
+        world.submit(index, prompts[index], max_tokens=24, **({"seed": 100 + index} | params))
+        world.step()
+    world.run()
+    assert {index: world.tokens(index) for index in alone} == alone

@@ -1,0 +1,171 @@
+"""FakeRunner: a device that knows the plans and nothing else, and distrusts them.
+
+It keeps what a real runner keeps by slot (tokens, table, length, the decoding set). In place of KV
+it writes, for each position, the hash of all tokens up to there; so when a position is computed,
+one comparison shows whether every position before it is found in the blocks of its own table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from millrace.scheduler.plan import StepPlan, StepResult
+from millrace.scheduler.request import Request
+
+from sim.script import NO_PREFIX, Script, draw, extend
+
+POISON = -1
+
+
+@dataclass(slots=True)
+class Sequence:
+    """The state of one occupied slot. The tokens drawn here are never told by the host."""
+
+    request: Request
+    tokens: list[int]
+    prefix: list[int]  # hash of each known position
+    table: list[int] = field(default_factory=list)
+    computed: int | None = None  # None: its first chunk has not come yet
+
+    def append(self, token: int) -> None:
+        self.prefix.append(extend(self.prefix[-1] if self.prefix else NO_PREFIX, token))
+        self.tokens.append(token)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Positions [start, start + length) of a slot, computed in one step."""
+
+    slot: int
+    start: int
+    length: int
+    samples: bool
+
+
+class FakeRunner:
+    """Executes steps at once, in order; the world decides when the host hears of the results."""
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        self.block_size = block_size
+        self.kv = np.full(num_blocks * block_size, POISON, np.int64)
+        self.slots: dict[int, Sequence] = {}
+        self.decoding: set[int] = set()
+        self._readers: dict[int, dict[int, set[int]]] = {}  # step not landed -> block -> requests
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Check the plan against the mirrored state, compute it, and draw the tokens."""
+        self._change_slots(plan)
+        self._change_decoding(plan)
+        work = [Work(c.slot, c.start, c.length, c.samples) for c in plan.prefill]
+        for slot in sorted(self.decoding):
+            computed = self.slots[slot].computed
+            assert computed is not None, f"slot {slot} decodes before its prompt"
+            work.append(Work(slot, computed, 1, True))
+        slots = [item.slot for item in work]
+        assert len(set(slots)) == len(slots), f"a slot has two roles: {slots}"
+        written: set[int] = set()
+        for item in work:
+            self._write(item, written)
+        readers: dict[int, set[int]] = {}
+        for item in work:
+            self._read(item)
+            sequence = self.slots[item.slot]
+            for block in sequence.table:
+                readers.setdefault(block, set()).add(sequence.request.id)
+        self._readers[plan.step] = readers
+        return self._sample(plan.step, [item.slot for item in work if item.samples])
+
+    def land(self, step: int) -> None:
+        """The host has the step's result, so the device is done with its blocks."""
+        del self._readers[step]
+
+    def lose(self) -> None:
+        """Steps in flight are lost, and no KV can be trusted."""
+        self._readers.clear()
+        self.kv[:] = POISON
+
+    def holds(self, tokens: list[int], blocks: list[int]) -> bool:
+        """Whether these blocks hold exactly the KV of these tokens' full blocks."""
+        sequence = Sequence(None, [], [])  # type: ignore[arg-type]
+        for token in tokens:
+            sequence.append(token)
+        end = len(blocks) * self.block_size
+        return self._at(blocks, end).tolist() == sequence.prefix[:end]
+
+    def _change_slots(self, plan: StepPlan) -> None:
+        for slot in plan.released:
+            assert slot in self.slots, f"slot {slot} is released, but empty"
+            del self.slots[slot]
+        for request in plan.admitted:
+            assert request.slot not in self.slots, f"slot {request.slot} is admitted to twice"
+            self.slots[request.slot] = sequence = Sequence(request, [], [])
+            for token in request.known_tokens().tolist():
+                sequence.append(token)
+        for slot, index, block in plan.block_appends:
+            table = self.slots[slot].table
+            assert index == len(table), f"slot {slot}: block {index} comes after {len(table)}"
+            table.append(block)
+
+    def _change_decoding(self, plan: StepPlan) -> None:
+        leaves, joins = set(plan.decode_leaves), set(plan.decode_joins)
+        assert leaves <= self.decoding, f"{leaves - self.decoding} leave, but did not decode"
+        assert not joins & self.decoding, f"{joins & self.decoding} join, but decode already"
+        self.decoding = self.decoding - leaves | joins
+        assert self.decoding <= self.slots.keys(), f"empty slots decode: {self.decoding}"
+        assert len(self.decoding) == plan.num_decodes, f"num_decodes is {plan.num_decodes}"
+
+    def _write(self, work: Work, written: set[int]) -> None:
+        sequence, end = self.slots[work.slot], work.start + work.length
+        where = f"slot {work.slot}, positions {work.start} to {end}"
+        assert work.length > 0, f"{where}: nothing to compute"
+        # Only a first chunk may start anywhere: behind what the prefix cache gave.
+        assert sequence.computed in (None, work.start), f"{where}: {sequence.computed} computed"
+        assert end <= len(sequence.tokens), f"{where}: {len(sequence.tokens)} tokens are known"
+        is_whole = end == len(sequence.tokens)
+        assert work.samples == is_whole, f"{where}: samples must be {is_whole}"
+        assert end <= len(sequence.table) * self.block_size, f"{where}: past its block table"
+        for position in range(work.start, end):
+            block, offset = divmod(position, self.block_size)
+            self._check_owned(sequence.table[block], sequence.request.id)
+            address = sequence.table[block] * self.block_size + offset
+            assert address not in written, f"{where}: two requests write block {block}"
+            written.add(address)
+            self.kv[address] = sequence.prefix[position]
+        sequence.computed = end
+
+    def _check_owned(self, block: int, writer: int) -> None:
+        for step, readers in self._readers.items():
+            others = readers.get(block, set()) - {writer}
+            assert not others, f"request {writer} writes block {block}, step {step} of {others}"
+
+    def _read(self, work: Work) -> None:
+        sequence, end = self.slots[work.slot], work.start + work.length
+        found, wanted = self._at(sequence.table, end), sequence.prefix[:end]
+        if found.tolist() != wanted:
+            wrong = np.flatnonzero(found != np.asarray(wanted)).tolist()
+            raise AssertionError(f"slot {work.slot} reads wrong KV at positions {wrong}")
+
+    def _at(self, table: list[int], end: int) -> np.ndarray:
+        rows = self.kv.reshape(-1, self.block_size)[table]
+        return rows.reshape(-1)[:end]
+
+    def _sample(self, step: int, slots: list[int]) -> StepResult:
+        tokens, stopped, ok = [], [], []
+        for slot in slots:
+            sequence = self.slots[slot]
+            script = sequence.request.payload
+            assert isinstance(script, Script)
+            index = len(sequence.tokens) - len(sequence.request.prompt)
+            token = draw(sequence.prefix[-1], script.seed)
+            sequence.append(token)  # the device goes on even when the host will not
+            tokens.append(token)
+            stopped.append(token in script.stop_tokens)
+            ok.append(index != script.fails_at)
+        return StepResult(
+            step,
+            np.asarray(slots, np.int64),
+            np.asarray(tokens, np.int64),
+            np.asarray(stopped, np.bool_),
+            np.asarray(ok, np.bool_),
+        )
