@@ -42,8 +42,7 @@ from millrace.engine.input import GenerationRequest, InputProcessor, Prompt, pro
 from millrace.engine.live_requests import LiveRequests, RequestHandle
 from millrace.engine.outbox import Outbox, RequestOutput
 from millrace.engine.output import FinishedRequest, RequestProgress
-from millrace.engine.text.chat import ChatTemplate
-from millrace.engine.text.chat_files import load_chat_template
+from millrace.engine.text.chat import ChatTemplate, load_chat_template
 from millrace.engine.text.tokenizer import Tokenizer, load_tokenizer
 from millrace.engine.weights.locate import ModelLocation, resolve
 

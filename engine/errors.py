@@ -12,7 +12,7 @@ MillraceError
     ├── UnsupportedModel  an architecture or format that Millrace does not run
     └── TemplateError     the chat template cannot be compiled or rendered
 
-`engine/server/convert.py` holds the one table from these to gRPC status codes.
+`engine/server/status.py` holds the one table from these to gRPC status codes.
 """
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 import msgspec
+
 from millrace.engine.errors import InvalidRequest
 
 MAX_N = 64  # samples of one prompt

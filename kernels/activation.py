@@ -3,9 +3,9 @@
     silu_mul:       y = silu(gate) * up          silu(a) = a * sigmoid(a)
     gelu_tanh_mul:  y = gelu(gate) * up          the tanh approximation of GELU
 
-gate_up [T, 2F] holds gate in its first half and up in its second, so that one matmul makes both; the
-result is [T, F]. The activation is computed in float32 and rounded to the dtype of gate_up before
-the product, as transformers' LlamaMLP does.
+gate_up [T, 2F] holds gate in its first half and up in its second, so that one matmul makes both;
+the result is [T, F]. The activation is computed in float32 and rounded to the dtype of gate_up
+before the product, as transformers' LlamaMLP does.
 """
 
 import math

@@ -67,6 +67,7 @@ def prepare_attention(
     """Check the batch's shapes and ranges; ValueError names the field that does not fit."""
     num_rows = batch.slots.shape[0]
     expect("block_table", batch.block_table, (None, None), torch.int32)
+    expect_contiguous("block_table", batch.block_table)
     expect("slots", batch.slots, (num_rows,), torch.int64)
     expect("query_start", batch.query_start, (num_rows + 1,), torch.int32)
     expect("context_lens", batch.context_lens, (num_rows,), torch.int32)

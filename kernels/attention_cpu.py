@@ -8,16 +8,19 @@ cache seen as one matrix [B * P * G, D], with the row's tokens as column indices
 
 which read each K and V row where it lies, several times as fast as gathering them for
 `scaled_dot_product_attention`. sampled_addmm knows float32 and float64 only: keys in bf16 or fp16
-are gathered and widened first. Both sum one score or one row at a time, in the order of positions.
+are gathered and widened first.
 
-Rows are grouped by padded length (`padded_length`), which depends on the row alone. So a decode in
-float32 gives the same bits whoever its neighbours are. The padding points at the row's own last
-token and is masked, so nothing outside a row's context is ever read, not even to be multiplied by 0.
+Rows are grouped by padded length, which depends on the row alone (`padded_length`), and both
+products work a row at a time. So a decode in float32 has the same bits whoever its neighbours are.
+The padding points at the row's own last token and is masked: nothing outside a row's context is
+ever read, not even to be multiplied by 0.
 
 Prefill chunks are gathered row by row and left to `scaled_dot_product_attention`.
 """
 
+import itertools
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -44,7 +47,7 @@ MAX_GROUP_SCORES = 1 << 20  # scores (H * tokens) of a group: bounds its tempora
 class DecodeGroup:
     """n decode rows of one padded length L, as sparse matrices over the cache [B * P * G, D]."""
 
-    rows: Tensor  # i64 [n], rows of the batch
+    rows: slice  # of the decode rows, ordered by length
     key_rows: Tensor  # i64 [n * G * L], cache row of each token of each KV head
     score_rows: Tensor  # i64 [n * H * L], the same for each query head
     offsets: Tensor  # i64 [n * H + 1], where each (row, head) begins in score_rows
@@ -65,9 +68,11 @@ class PrefillRow:
 
 @dataclass(frozen=True, slots=True)
 class CpuAttention:
-    """A prepared batch. Decode groups depend on the model's heads, so the first layer makes them."""
+    """A prepared batch. Decode groups depend on the number of heads: the first layer makes them."""
 
     prepared: PreparedAttention
+    lengths: list[int]  # padded length of each decode row
+    order: Tensor | None  # i64 [num_decodes], the decode rows by length; None: already in order
     prefills: list[PrefillRow]
     groups: dict[tuple[int, torch.Size], list[DecodeGroup]] = field(default_factory=dict)
 
@@ -75,7 +80,7 @@ class CpuAttention:
         """The decode rows of the batch for H query heads over caches of this shape [B, P, G, D]."""
         key = (num_heads, cache_shape)
         if key not in self.groups:
-            self.groups[key] = _group_decodes(self.prepared, num_heads, cache_shape)
+            self.groups[key] = list(_group_decodes(self, num_heads, cache_shape))
         return self.groups[key]
 
 
@@ -85,21 +90,27 @@ def prepare_attention_cpu(
     """Check the batch, its values included, and work out what every layer shares."""
     prepared = prepare_attention(batch, block_size, window)
     starts, contexts = batch.query_start.tolist(), batch.context_lens.tolist()
-    prefills = []
+    lengths: list[int] = []
+    prefills: list[PrefillRow] = []
     for i_row, context in enumerate(contexts):
-        num_queries = starts[i_row + 1] - starts[i_row]
+        queries = slice(starts[i_row], starts[i_row + 1])
+        num_queries = queries.stop - queries.start
         if not 1 <= num_queries <= context <= batch.max_context_len:
             raise ValueError(
                 f"context_lens[{i_row}]: expected {num_queries} queries (at least 1) to "
                 f"{batch.max_context_len} (max_context_len), got {context}"
             )
-        if i_row < batch.num_decodes:
-            if num_queries != 1:
-                raise ValueError(f"query_start: row {i_row} is a decode with {num_queries} queries")
-        else:
-            queries = slice(starts[i_row], starts[i_row + 1])
+        if i_row >= batch.num_decodes:
             prefills.append(_prefill_row(prepared, i_row, queries, context))
-    return CpuAttention(prepared, prefills)
+        elif num_queries == 1:
+            lengths.append(padded_length(context if window is None else min(context, window)))
+        else:
+            raise ValueError(
+                f"query_start: expected 1 query in decode row {i_row}, got {num_queries}"
+            )
+    by_length = sorted(range(len(lengths)), key=lengths.__getitem__)
+    order = None if by_length == list(range(len(lengths))) else torch.tensor(by_length)
+    return CpuAttention(prepared, lengths, order, prefills)
 
 
 def paged_attention_cpu(
@@ -114,9 +125,16 @@ def paged_attention_cpu(
     """`paged_attention_reference`, fast on a CPU: q [T, H, D] -> [T, H, D]."""
     expect_attention_inputs(q, k_cache, v_cache, prepared.prepared.block_size, softcap)
     out = torch.empty(q.shape, dtype=q.dtype)
+    num_decodes, order = prepared.prepared.batch.num_decodes, prepared.order
+    decode_q, decode_out = q[:num_decodes], out[:num_decodes]
+    if order is not None:
+        decode_q, decode_out = decode_q[order], torch.empty_like(decode_out)
     for group in prepared.decode_groups(q.shape[1], k_cache.shape):
-        attended = _attend_decodes(q[group.rows], k_cache, v_cache, group, scale, softcap)
-        out.index_copy_(0, group.rows, attended)
+        decode_out[group.rows] = _attend_decodes(
+            decode_q[group.rows], k_cache, v_cache, group, scale, softcap
+        )
+    if order is not None:
+        out.index_copy_(0, order, decode_out)
     for row in prepared.prefills:
         out[row.queries] = _attend_prefill(q[row.queries], k_cache, v_cache, row, scale, softcap)
     return out
@@ -130,42 +148,30 @@ def padded_length(num_tokens: int) -> int:
 
 
 def _group_decodes(
-    prepared: PreparedAttention, num_heads: int, cache_shape: torch.Size
-) -> list[DecodeGroup]:
-    batch = prepared.batch
-    by_length: dict[int, list[int]] = {}
-    for i_row, context in enumerate(batch.context_lens[: batch.num_decodes].tolist()):
-        by_length.setdefault(padded_length(_num_visible(prepared, context)), []).append(i_row)
-    groups = []
-    for length, rows in sorted(by_length.items()):
-        rows_each = max(1, MAX_GROUP_SCORES // (num_heads * length))
-        for begin in range(0, len(rows), rows_each):
-            part = torch.tensor(rows[begin : begin + rows_each])
-            groups.append(_decode_group(prepared, part, length, num_heads, cache_shape))
-    return groups
-
-
-def _num_visible(prepared: PreparedAttention, context: int) -> int:
-    return context if prepared.window is None else min(context, prepared.window)
+    attention: CpuAttention, num_heads: int, cache_shape: torch.Size
+) -> Iterator[DecodeGroup]:
+    begin = 0
+    for length, same in itertools.groupby(sorted(attention.lengths)):
+        end = begin + len(list(same))
+        at_once = max(1, MAX_GROUP_SCORES // (num_heads * length))
+        while begin < end:
+            rows = slice(begin, min(begin + at_once, end))
+            yield _decode_group(attention, rows, length, num_heads, cache_shape)
+            begin = rows.stop
 
 
 def _decode_group(
-    prepared: PreparedAttention,
-    rows: Tensor,
-    length: int,
-    num_heads: int,
-    cache_shape: torch.Size,
+    attention: CpuAttention, rows: slice, length: int, num_heads: int, cache_shape: torch.Size
 ) -> DecodeGroup:
-    batch = prepared.batch
+    batch, window = attention.prepared.batch, attention.prepared.window
     num_blocks, block_size, num_kv_heads, _ = cache_shape
-    context = batch.context_lens[rows].long().unsqueeze(1)
-    first = torch.zeros_like(context)
-    if prepared.window is not None:
-        first = (context - prepared.window).clamp_(min=0)
-    position = first + torch.arange(length)  # [n, L]
+    batch_rows = rows if attention.order is None else attention.order[rows]
+    context = batch.context_lens[batch_rows].long().unsqueeze(1)
+    first = 0 if window is None else (context - window).clamp_(min=0)
+    position = (first + torch.arange(length)).expand(rows.stop - rows.start, length)
     mask = torch.zeros(position.shape).masked_fill_(position >= context, -torch.inf)
     position = torch.minimum(position, context - 1)
-    blocks = batch.block_table[batch.slots[rows]].long().gather(1, position // block_size)
+    blocks = batch.block_table[batch.slots[batch_rows]].long().gather(1, position // block_size)
     token = (blocks * block_size + position % block_size).unsqueeze(1)  # [n, 1, L]
     key_rows = token * num_kv_heads + torch.arange(num_kv_heads).unsqueeze(1)  # [n, G, L]
     score_rows = key_rows.repeat_interleave(num_heads // num_kv_heads, dim=1).flatten()
@@ -177,7 +183,7 @@ def _decode_group(
         offsets=offsets,
         scores=_csr_pattern(offsets, score_rows, num_blocks * block_size * num_kv_heads),
         mask=mask.unsqueeze(1),
-        shape=(len(rows), num_heads, length),
+        shape=(rows.stop - rows.start, num_heads, length),
     )
 
 
@@ -272,10 +278,9 @@ def _attend_prefill(
     scale: float,
     softcap: float | None,
 ) -> Tensor:
-    """q [n, H, D] of one chunk -> [n, H, D]; KV heads are a batch, a group's query heads its heads."""
-    num_queries, num_heads, head_dim = q.shape
-    num_kv_heads = k_cache.shape[2]
-    queries = q.view(num_queries, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
+    """q [n, H, D] of one chunk -> [n, H, D]. For SDPA, KV heads are a batch of H / G heads each."""
+    num_queries, _, head_dim = q.shape
+    queries = q.reshape(num_queries, k_cache.shape[2], -1, head_dim).permute(1, 2, 0, 3)
     keys = gather_context(k_cache, row.blocks, row.num_tokens).transpose(0, 1).unsqueeze(1)
     values = gather_context(v_cache, row.blocks, row.num_tokens).transpose(0, 1).unsqueeze(1)
     group = queries.shape[1]  # expanding by stride 0 copies nothing

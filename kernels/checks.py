@@ -18,16 +18,17 @@ def expect(
 ) -> None:
     """Raise ValueError unless `tensor` has this shape (None matches any size) and dtype."""
     dtypes = dtype if isinstance(dtype, tuple) else (dtype,)
-    fits = tensor.dim() == len(shape) and all(
-        want is None or want == got for want, got in zip(shape, tensor.shape, strict=True)
-    )
-    if not fits or tensor.dtype not in dtypes:
-        sizes = ", ".join("*" if size is None else str(size) for size in shape)
-        names = " | ".join(str(d).removeprefix("torch.") for d in dtypes)
-        got_dtype = str(tensor.dtype).removeprefix("torch.")
-        raise ValueError(
-            f"{name}: expected [{sizes}] of {names}, got {list(tensor.shape)} of {got_dtype}"
-        )
+    sizes = tensor.shape
+    if len(sizes) == len(shape) and tensor.dtype in dtypes:
+        for want, got in zip(shape, sizes, strict=True):  # a plain loop: this runs in every layer
+            if want != got and want is not None:
+                break
+        else:
+            return
+    wanted = ", ".join("*" if size is None else str(size) for size in shape)
+    names = " | ".join(str(d).removeprefix("torch.") for d in dtypes)
+    got_dtype = str(tensor.dtype).removeprefix("torch.")
+    raise ValueError(f"{name}: expected [{wanted}] of {names}, got {list(sizes)} of {got_dtype}")
 
 
 def expect_contiguous(name: str, tensor: Tensor) -> None:

@@ -2,7 +2,7 @@
 
     auto        triton on CUDA, torch on a CPU
     torch       plain PyTorch; on a CPU the forms tuned for it
-    triton      Triton kernels; on a CPU only in Triton's interpreter (TRITON_INTERPRET=1), for tests
+    triton      Triton kernels; on a CPU only in Triton's interpreter (TRITON_INTERPRET=1)
     reference   the definitions: slow, for comparison
 
 Everything above `kernels` calls through an `Operations` and never asks which device it is on.
@@ -21,9 +21,11 @@ from millrace.kernels.sampling import SampledTokens, sample_reference
 from millrace.kernels.sampling_cpu import sample_cpu
 
 try:
-    from millrace.kernels import attention_triton
+    from millrace.kernels import attention_triton, sampling_triton
+
+    HAS_TRITON = True
 except ImportError:  # Triton has no wheel for this platform
-    attention_triton = None  # type: ignore[assignment]
+    HAS_TRITON = False
 
 BACKENDS = ("auto", "torch", "triton", "reference")
 
@@ -93,7 +95,7 @@ def operations(device: torch.device, attention_backend: str = "auto") -> Operati
 
 
 def _triton_operations(on_gpu: bool) -> Operations:
-    if attention_triton is None:
+    if not HAS_TRITON:
         raise ValueError("attention_backend: triton is not installed; expected torch or reference")
     if not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(
@@ -105,4 +107,5 @@ def _triton_operations(on_gpu: bool) -> Operations:
         name="triton",
         prepare_attention=attention.prepare_attention,
         paged_attention=attention_triton.paged_attention,
+        sample=sampling_triton.sample_triton,
     )

@@ -4,16 +4,16 @@ For each token t at absolute position p: split qkv into q [H, D], k [G, D], v [G
 head of q and k where the model has such weights (Qwen3); rotate q and k; write k and v into row
 `write_index[t]` of the cache; return q.
 
-Rotation (RoPE, Su et al. 2021, in the rotate-half layout of GPT-NeoX and Llama): with c, s the cosine
-and sine of p * frequency[i] and x1, x2 the halves of a head,
+Rotation (RoPE, Su et al. 2021, in the rotate-half layout of GPT-NeoX and Llama): with c, s the
+cosine and sine of p * frequency[i] and x1, x2 the halves of a head,
 
     y1 = x1 * c - x2 * s          y2 = x2 * c + x1 * s
 
 computed in float32 and rounded once. `kernels/rope.py` makes the table of c and s.
 
-Cache rows: token offset o of block b is row b * P + o of K and V [B, P, G, D]. With P = 16, the token
-at position 37 of a sequence whose blocks are (5, 9, 4) lies in its third block at offset 37 % 16 = 5:
-write_index = 4 * 16 + 5 = 69.
+Cache rows: token offset o of block b is row b * P + o of K and V [B, P, G, D]. With P = 16, the
+token at position 37 of a sequence whose blocks are (5, 9, 4) lies in its third block at offset
+37 % 16 = 5: write_index = 4 * 16 + 5 = 69.
 """
 
 import torch
@@ -45,13 +45,15 @@ def kv_append(
     write_index    i64 [T]            cache row of each token: block * P + offset; no row twice
     cos_sin        f32 [max_position, D]  D/2 cosines, then D/2 sines (`rope_table`)
     k_cache, v_cache  [B, P, G, D]    written in place, dtype of qkv
-    q_norm_weight, k_norm_weight  [D] or None; eps belongs to them
+    q_norm_weight, k_norm_weight  [D] each, or both None; eps belongs to them
 
     ValueError names the argument whose shape or dtype does not fit.
     """
     head_dim, num_kv_heads = k_cache.shape[-1], k_cache.shape[-2]
     num_rotated = num_heads + num_kv_heads
     _validate(qkv, positions, write_index, cos_sin, k_cache, v_cache, num_heads)
+    if (q_norm_weight is None) != (k_norm_weight is None):
+        raise ValueError("q_norm_weight, k_norm_weight: expected both or neither, got one")
     qkv = qkv.view(qkv.shape[0], num_rotated + num_kv_heads, head_dim)
     q_and_k = qkv[:, :num_rotated]
     if q_norm_weight is not None and k_norm_weight is not None:

@@ -11,6 +11,8 @@ truncation loses under V * 2^-40. Letters: R rows, V vocabulary.
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from millrace.kernels.candidates import (
     at_least,
     group_maxima,
@@ -18,7 +20,6 @@ from millrace.kernels.candidates import (
     top_k_bounds,
 )
 from millrace.kernels.checks import expect
-from torch import Tensor
 
 MASS_ONE = float(1 << 40)
 """Fixed-point one: the mass of a row's best token."""

@@ -1,10 +1,11 @@
 """RMSNorm, alone and fused with the residual addition in front of it.
 
-    y = weight * round(x32 * rsqrt(mean(x32^2) + eps))        x32 = float32(x), over the last dimension
+    y = weight * round(x32 * rsqrt(mean(x32^2) + eps))        x32 = float32(x)
 
 Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019), rounded the way transformers'
 LlamaRMSNorm rounds: statistics and scaling in float32, one rounding to the dtype of x, then the
-product with the weight in that dtype. Each row is reduced alone, so neighbours cannot change it.
+product with the weight in that dtype. The mean is over the last dimension: each row is reduced
+alone, and its neighbours cannot change it.
 
 x [T, E], weight [E]; T tokens in the step, E hidden size.
 """

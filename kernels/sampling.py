@@ -27,8 +27,8 @@ A row's result depends on its own logits, parameters and position alone: not on 
 its neighbours. Logprobs are raw, of the logits before step 2 (see `logprobs.py`).
 
 A row is not ok, and its token must not be used, when a NaN is in it or when nothing but -inf is
-left after step 5. A ban adds -inf, so a banned +inf is a NaN. Of +inf logits, where they are
-allowed, each is as probable as the other and nothing else is possible.
+left after step 5. A ban adds -inf, so a banned +inf is a NaN. Where +inf remains after step 7,
+nothing else has a chance: the +inf of the lowest id is taken.
 
 `sample_cpu` and `sample_triton` compute the same; this file imports neither.
 """
@@ -37,11 +37,12 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from millrace.kernels.checks import expect
 from millrace.kernels.logprobs import MASS_ONE, RawLogprobs, raw_logprobs_reference
 from millrace.kernels.rng import gumbel_noise_at
 from millrace.kernels.slot_sampling import SlotSampling, SlotValues
-from torch import Tensor
 
 __all__ = ["SampledTokens", "SlotSampling", "SlotValues", "sample_reference"]
 
@@ -117,9 +118,9 @@ def draw_from_row(row: Tensor, slot: int, position: int, params: SlotSampling) -
     if best.isnan() or best == -math.inf:
         return None
     temperature = params.temperature[slot]
-    if temperature < GREEDY_BELOW:
-        return int(row.argmax())
-    scaled = only_infinities(row * (1.0 / temperature))
+    scaled = row if temperature < GREEDY_BELOW else row * (1.0 / temperature)
+    if temperature < GREEDY_BELOW or scaled.max() == math.inf:
+        return int(scaled.argmax())
     kept = kept_tokens(
         scaled, int(params.top_k[slot]), float(params.top_p[slot]), params.min_p[slot]
     )
@@ -152,14 +153,6 @@ def fixed_point_mass(values: Tensor, best: Tensor) -> Tensor:
 def top_p_target(top_p: float, total: int) -> int:
     """The mass that top-p must reach: ceil(p * total) in float64, at least 1."""
     return max(1, min(total, math.ceil(top_p * float(total))))
-
-
-def only_infinities(scaled: Tensor) -> Tensor:
-    """Where a row f32[V] holds +inf: 0 for each +inf and -inf for all else. Otherwise the row."""
-    infinite = scaled == math.inf
-    if not infinite.any():
-        return scaled
-    return torch.zeros_like(scaled).masked_fill_(~infinite, -math.inf)
 
 
 def check_inputs(logits: Tensor, slots: Tensor, positions: Tensor, params: SlotSampling) -> None:

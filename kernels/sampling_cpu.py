@@ -9,6 +9,8 @@ logit, a NaN) goes to the reference's own code.
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
+
 from millrace.kernels.candidates import (
     argmax_rows,
     at_least,
@@ -28,7 +30,6 @@ from millrace.kernels.sampling import (
     fixed_point_mass,
 )
 from millrace.kernels.slot_sampling import SlotSampling
-from torch import Tensor
 
 _ROWS_AT_ONCE = 4  # rows whose temporaries over the vocabulary stay in the cache
 _NARROW = 2048  # candidates up to which rows share one table; a wider row gets its own

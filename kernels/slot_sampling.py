@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from millrace.kernels.checks import expect
 from torch import Tensor
+
+from millrace.kernels.checks import expect
 
 MAX_STOP_IDS = 16
 NO_ID = -1

@@ -106,10 +106,8 @@ def _check_block_conservation(scheduler: Scheduler) -> None:
     """free + idle + referenced = all, each block in one of the three, refs = tables holding it."""
     pool, cache = scheduler.pool, scheduler.cache
     held = Counter(block for request in _owners(scheduler) for block in request.blocks)
-    for block, refs in enumerate(pool.refs):
-        _require(
-            refs == held[block], f"block {block}: refs {refs}, in {held[block]} tables"
-        )
+    wrong = {b: (refs, held[b]) for b, refs in enumerate(pool.refs) if refs != held[b]}
+    _require(not wrong, f"block: (refs, tables that hold it): {wrong}")
     idle = [cache._nodes[node].block for node in cache._idle]
     blocks = sorted([*pool._free, *idle, *held])
     _require(blocks == list(range(pool.num_blocks)), f"blocks free, idle or held: {blocks}")

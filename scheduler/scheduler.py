@@ -163,7 +163,10 @@ class Scheduler:
             self.finish(request.id, Finish.DEADLINE, now_s)
 
     def abandon(self, error: str, now_s: float = 0.0) -> None:
-        """The launched steps are lost: end all that run, and trust no KV computed so far."""
+        """The launched steps are lost: end all that run, and trust no KV computed so far.
+
+        The runner must forget which slots decode; the next plan starts from none.
+        """
         self._applied = self._step
         for request in [request for last in self._closing.values() for request in last]:
             self._release(request)

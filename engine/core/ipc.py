@@ -25,6 +25,7 @@ import zmq
 import zmq.asyncio
 
 from millrace.engine.core.messages import FromCore, ToCore
+from millrace.engine.errors import EngineUnavailable
 
 FROM_CORE_HIGH_WATER = 1024  # messages unread on either side: seconds of decoding steps
 UNBOUNDED = 0  # ZeroMQ's word for no high-water mark
@@ -46,9 +47,10 @@ class FrontChannel:
         self._socket.setsockopt(zmq.LINGER, 0)
         try:
             self._socket.bind(self.address)
-        except zmq.ZMQError:  # such as a TMPDIR longer than a socket's address may be
+        except zmq.ZMQError as error:  # a TMPDIR longer than a socket's address may be, or the like
             self.close()
-            raise
+            message = f"no socket in {self._directory} ({error}); set TMPDIR to a short path"
+            raise EngineUnavailable(message) from error
 
     def send(self, message: ToCore) -> None:
         """Queue one message; never waits, and reaches nobody once the core is dead."""

@@ -25,7 +25,7 @@ from millrace.engine.core.messages import FromCore, Ready, Shutdown, StartFailed
 from millrace.engine.errors import EngineUnavailable
 
 # -P: the working directory is not searched for modules.
-CORE_COMMAND = (sys.executable, "-P", "-m", "millrace.engine.core")
+CORE_COMMAND = (sys.executable, "-P", "-m", "millrace.engine.core.main")
 STDIN, STDERR = 0, 2  # file descriptors
 LAST_WORDS_S = 0.1  # after the core's exit, for what it sent to be read
 ORPHAN_EXIT_CODE = 3  # the front end has gone
@@ -167,7 +167,7 @@ def run_core(serve: Callable[[EngineConfig, CoreChannel], None]) -> None:
     """
     for request_to_end in (signal.SIGINT, signal.SIGTERM):
         signal.signal(request_to_end, signal.SIG_IGN)
-    with open(STDIN, "rb", buffering=0, closefd=False) as stdin:  # unbuffered: see _leave_...
+    with open(STDIN, "rb", buffering=0, closefd=False) as stdin:
         launch = msgspec.json.decode(stdin.readline(), type=Launch)
     threading.Thread(target=_leave_with_front_end, name="lifeline", daemon=True).start()
     with CoreChannel(launch.address) as channel:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+
 from millrace.engine.core.messages import TokenLogprobs
 
 ROWS_AT_ONCE = 64

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+
 from millrace.engine.config import EngineConfig
 from millrace.engine.errors import InvalidRequest
 from millrace.engine.models.registry import ModelConfig

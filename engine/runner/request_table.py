@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 
 import torch
+
 from millrace.engine.core.messages import NewRequest
 from millrace.kernels.slot_sampling import SlotSampling, SlotValues
 from millrace.scheduler.plan import StepPlan
@@ -33,18 +34,19 @@ class RequestTable:
 
     def update(self, plan: StepPlan) -> None:
         """Apply a plan's admissions and new blocks, in that order."""
+        starts = {chunk.slot: chunk.start for chunk in plan.prefill}
         for request in plan.admitted:
-            self._admit(request)
+            self._admit(request, starts[request.slot])
         if plan.block_appends:
             rows = torch.tensor(plan.block_appends, device=self._device)  # [n, 3]
             self.block_table[rows[:, 0], rows[:, 1]] = rows[:, 2].to(torch.int32)
 
-    def _admit(self, request: Request) -> None:
+    def _admit(self, request: Request, start: int) -> None:
         settings = request.payload
         assert isinstance(settings, NewRequest), "the engine submits NewRequests"
         slot, known = request.slot, request.known_tokens()
         self.tokens[slot, : len(known)] = torch.from_numpy(known).to(self._device)
-        self.computed[slot] = request.num_computed
+        self.computed[slot] = start
         self.sampling.write(slot, slot_values(settings, request))
 
 

@@ -11,7 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 import torch
+
 from millrace.engine.core.messages import NewRequest, TokenLogprobs
 from millrace.engine.models.decoder import Decoder
 from millrace.engine.models.forward_batch import ForwardBatch, KVCache
@@ -26,10 +28,10 @@ from millrace.scheduler.request import Request
 
 @dataclass(slots=True)
 class LaunchedStep:
-    """A step whose tokens may still be on their way. `slots` i64 [N] on the host, the rest not."""
+    """A step whose tokens may still be on their way to the host."""
 
     step: int
-    slots: torch.Tensor
+    slots: npt.NDArray[np.int64]  # [N], of the rows that drew a token
     sampled: SampledTokens
     stopped: torch.Tensor  # bool [N]
     num_top: dict[int, int]  # slot -> alternatives wanted with its token
@@ -40,7 +42,7 @@ class LaunchedStep:
         """Wait for the tokens."""
         return StepResult(
             self.step,
-            self.slots.numpy(),
+            self.slots,
             self.sampled.token_ids.cpu().numpy(),
             self.stopped.cpu().numpy(),
             self.sampled.ok.cpu().numpy(),
@@ -76,11 +78,12 @@ class Runner:
         self._operations = operations
         self._kv = kv
         self._table = table
+        self._device = table.computed.device
         self._block_size = kv.keys[0].shape[1]
-        slots = len(table.computed)
-        self._decoding = np.zeros(slots, np.bool_)
-        self._decode_slots = torch.zeros(0, dtype=torch.int64)
-        self._computed = np.zeros(slots, np.int64)  # host mirror of table.computed
+        num_slots = len(table.computed)
+        self._decodes = np.zeros(num_slots, np.bool_)
+        self._decode_slots = np.zeros(0, np.int64)  # the same as indices, in ascending order
+        self._length = np.zeros(num_slots, np.int64)  # the host's copy of table.computed
         self._num_top: dict[int, int] = {}  # slot -> output logprobs wanted
         self._prompt_top: dict[int, tuple[int, int]] = {}  # slot -> (prompt length, alternatives)
 
@@ -91,17 +94,18 @@ class Runner:
         batch = self._batch(plan.prefill)
         hidden = self._model.forward(batch, self._kv)
         launched = self._draw(plan, batch, hidden)
-        for row, chunk in enumerate(plan.prefill):
+        end = plan.num_decodes
+        for chunk in plan.prefill:
+            start, end = end, end + chunk.length
             if chunk.slot in self._prompt_top:
-                start = len(self._decode_slots) + sum(c.length for c in plan.prefill[:row])
-                scored = self._score_prompt(chunk, hidden[start : start + chunk.length])
+                scored = self._score_prompt(chunk, hidden[start:end])
                 launched.prompt_logprobs[chunk.slot] = (chunk.start + 1, scored)
         return launched
 
     def forget_decodes(self) -> None:
         """No slot decodes any more: the scheduler has abandoned the launched steps."""
-        self._decoding[:] = False
-        self._decode_slots = torch.zeros(0, dtype=torch.int64)
+        self._decodes[:] = False
+        self._decode_slots = np.zeros(0, np.int64)
 
     # ------------------------------------------------------------ plan -> tensors
 
@@ -112,11 +116,12 @@ class Runner:
             self._prompt_top.pop(slot, None)
         for request in plan.admitted:
             self._note_logprobs(request)
-            self._computed[request.slot] = request.num_computed
+        for chunk in plan.prefill:
+            self._length[chunk.slot] = chunk.start
         if plan.decode_leaves or plan.decode_joins:
-            self._decoding[plan.decode_leaves] = False
-            self._decoding[plan.decode_joins] = True
-            self._decode_slots = torch.from_numpy(np.flatnonzero(self._decoding))
+            self._decodes[plan.decode_leaves] = False
+            self._decodes[plan.decode_joins] = True
+            self._decode_slots = np.flatnonzero(self._decodes)
 
     def _note_logprobs(self, request: Request) -> None:
         assert isinstance(request.payload, NewRequest), "the engine submits NewRequests"
@@ -127,35 +132,39 @@ class Runner:
             self._prompt_top[request.slot] = (len(request.prompt), params.prompt_logprobs)
 
     def _batch(self, prefill: list[PrefillChunk]) -> ForwardBatch:
-        """Rows: every decoding slot, then the chunks. Tokens come from the table on the device."""
-        table, decodes = self._table, self._decode_slots
-        chunk_slots = torch.tensor([chunk.slot for chunk in prefill], dtype=torch.int64)
-        lengths = torch.tensor([chunk.length for chunk in prefill], dtype=torch.int64)
-        slots = torch.cat([decodes, chunk_slots])  # [R]
-        starts = [torch.arange(chunk.start, chunk.start + chunk.length) for chunk in prefill]
-        token_slots = torch.cat([decodes, chunk_slots.repeat_interleave(lengths)])  # [T]
-        positions = torch.cat([table.computed[decodes], *starts])  # [T]
-        blocks = table.block_table[token_slots, positions // self._block_size]
-        query_lens = torch.cat([torch.ones(len(decodes), dtype=torch.int64), lengths])  # [R]
-        query_start = torch.zeros(len(slots) + 1, dtype=torch.int32)
-        query_start[1:] = query_lens.cumsum(0)
-        self._computed[decodes.numpy()] += 1
-        for chunk in prefill:
-            self._computed[chunk.slot] = chunk.start + chunk.length
-        context_lens = torch.from_numpy(self._computed[slots.numpy()]).to(torch.int32)
-        table.computed[slots] = context_lens.long()
+        """Rows: every decoding slot with one token, then the chunks with theirs.
+
+        Which positions these are, and which tokens, the table knows: a row goes on where its slot
+        has stopped.
+        """
+        table, num_decodes = self._table, len(self._decode_slots)
+        host_slots = np.concatenate([self._decode_slots, [chunk.slot for chunk in prefill]])
+        host_lens = np.concatenate([np.ones(num_decodes), [chunk.length for chunk in prefill]])
+        self._length[host_slots.astype(np.int64)] += host_lens.astype(np.int64)
+        slots, query_lens = self._to_device(host_slots), self._to_device(host_lens)  # [R]
+        starts = table.computed[slots]
+        query_start = torch.zeros(len(slots) + 1, dtype=torch.int64, device=self._device)
+        torch.cumsum(query_lens, 0, out=query_start[1:])
+        num_tokens = int(host_lens.sum())
+        rows = torch.arange(len(slots), device=self._device)
+        rows = rows.repeat_interleave(query_lens, output_size=num_tokens)  # [T]
+        offsets = torch.arange(num_tokens, device=self._device) - query_start[rows]
+        positions = starts[rows] + offsets  # [T]
+        blocks = table.block_table[slots[rows], positions // self._block_size].long()
+        context_lens = starts + query_lens
+        table.computed[slots] = context_lens
         return ForwardBatch(
-            token_ids=table.tokens[token_slots, positions],
+            token_ids=table.tokens[slots[rows], positions],
             positions=positions,
-            write_index=blocks.long() * self._block_size + positions % self._block_size,
+            write_index=blocks * self._block_size + positions % self._block_size,
             attention=AttentionBatch(
                 block_table=table.block_table,
                 slots=slots,
-                query_start=query_start,
-                context_lens=context_lens,
-                max_query_len=int(query_lens.max()),
-                max_context_len=int(context_lens.max()),
-                num_decodes=len(decodes),
+                query_start=query_start.to(torch.int32),
+                context_lens=context_lens.to(torch.int32),
+                max_query_len=int(host_lens.max()),
+                max_context_len=int(self._length[host_slots.astype(np.int64)].max()),
+                num_decodes=num_decodes,
             ),
         )
 
@@ -163,13 +172,14 @@ class Runner:
 
     def _draw(self, plan: StepPlan, batch: ForwardBatch, hidden: torch.Tensor) -> LaunchedStep:
         """Draw the next token of every decoding row and of every chunk that ends its prompt."""
-        table, num_decodes = self._table, batch.attention.num_decodes
-        samples = [True] * num_decodes + [chunk.samples for chunk in plan.prefill]
-        rows = torch.tensor(samples).nonzero()[:, 0]  # [N] of the batch's rows
-        last_token = batch.attention.query_start[1:][rows].long() - 1  # [N] of the batch's tokens
-        slots = batch.attention.slots[rows]
+        table = self._table
+        chunks = [(plan.num_decodes + i, c.slot) for i, c in enumerate(plan.prefill) if c.samples]
+        host_rows = np.array([*range(plan.num_decodes), *(row for row, _ in chunks)], np.int64)
+        host_slots = np.array([*self._decode_slots, *(slot for _, slot in chunks)], np.int64)
+        rows, slots = self._to_device(host_rows), self._to_device(host_slots)  # [N] of the batch
+        last_token = batch.attention.query_start[1:][rows].long() - 1  # [N]
         positions = batch.positions[last_token] + 1  # of the tokens to draw
-        num_top = {s: n for s in slots.tolist() if (n := self._num_top.get(s)) is not None}
+        num_top = {slot: n for slot in host_slots if (n := self._num_top.get(slot)) is not None}
         sampled = self._operations.sample(
             self._model.logits(hidden[last_token]),
             slots,
@@ -182,7 +192,7 @@ class Runner:
         table.sampling.record(slots, sampled.token_ids)
         stop_ids = table.sampling.stop_ids[slots]  # [N, K]
         stopped = (stop_ids == sampled.token_ids[:, None]).any(dim=1)
-        return LaunchedStep(plan.step, slots, sampled, stopped, num_top)
+        return LaunchedStep(plan.step, host_slots, sampled, stopped, num_top)
 
     def _score_prompt(self, chunk: PrefillChunk, hidden: torch.Tensor) -> list[TokenLogprobs]:
         """Scores of the prompt tokens that follow the chunk's positions."""
@@ -190,3 +200,6 @@ class Runner:
         end = min(chunk.start + chunk.length + 1, num_prompt)
         targets = self._table.tokens[chunk.slot, chunk.start + 1 : end]
         return prompt_logprobs(hidden[: len(targets)], targets, num_top, self._model.logits)
+
+    def _to_device(self, values: npt.NDArray[np.generic]) -> torch.Tensor:
+        return torch.from_numpy(values.astype(np.int64)).to(self._device, non_blocking=True)

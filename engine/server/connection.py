@@ -8,20 +8,24 @@ A request that can't be accepted is answered in the stream and never ends it.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 
 from grpc.aio import ServicerContext
 
 from millrace.engine.async_engine import AsyncEngine
-from millrace.engine.errors import InvalidRequest, MillraceError, Overloaded
+from millrace.engine.errors import InvalidRequest, MillraceError, Overloaded, StepFailed
 from millrace.engine.outbox import Outbox, RequestOutput
 from millrace.engine.server import convert
+from millrace.engine.server.status import INTERNAL, log_safe, unknown_id
 from millrace.v1 import inference_pb2 as pb
 
 MAX_LIVE_REQUESTS = 8192  # of one stream
 # Submissions under way at once: enough to keep the tokenizer's threads busy. The reader waits
 # beyond, so a client that doesn't read its refusals can't make them pile up.
 MAX_SUBMITTING = 8
+
+_log = logging.getLogger(__name__)
 
 
 class Connection:
@@ -64,7 +68,7 @@ class Connection:
                     await self._start_submit(message.submit)
                 case "cancel":
                     if not self._outbox.cancel(message.cancel.request_id):
-                        await self._write([convert.unknown_id(message.cancel.request_id)])
+                        await self._write([unknown_id(message.cancel.request_id)])
                 case _:
                     limit = "submit or cancel"
                     error = InvalidRequest(f"action must be {limit}, got neither", "action", limit)
@@ -93,6 +97,10 @@ class Connection:
             await self._engine.submit(request, self._outbox)
         except MillraceError as error:
             await self._refuse(proto.request_id, error)
+        except Exception:  # a defect met by one request must not end its neighbours
+            name = log_safe(proto.request_id)
+            _log.exception("event=submit_failed method=Connect request_id=%s", name)
+            await self._refuse(proto.request_id, StepFailed(INTERNAL.message))
 
     async def _refuse(self, request_id: str, error: MillraceError) -> None:
         await self._write([convert.connect_result(RequestOutput(request_id, error=error))])

@@ -1,4 +1,4 @@
-"""Between the public proto and the engine's types, and the one table from errors to gRPC statuses.
+"""Between the public proto and the engine's types: requests in, results out.
 
 Every field of every request is used here or refused by name (a test walks the descriptors). What
 can be judged from the message alone is judged here; ranges of sampling parameters belong to
@@ -10,36 +10,21 @@ from __future__ import annotations
 import math
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NoReturn
-from urllib.parse import quote
-
-import grpc
 
 from millrace.engine.config import MAX_REQUEST_ID_BYTES
 from millrace.engine.core.messages import FinishReason, Ready, StepStats, TokenLogprobs
-from millrace.engine.errors import (
-    DuplicateRequest,
-    EngineUnavailable,
-    InvalidRequest,
-    MillraceError,
-    Overloaded,
-    RequestError,
-    TemplateError,
-)
+from millrace.engine.errors import InvalidRequest
 from millrace.engine.input import ChatPrompt, GenerationRequest, Prompt, TextPrompt, TokenPrompt
 from millrace.engine.outbox import RequestOutput
 from millrace.engine.output import OutputDelta, Summary
 from millrace.engine.sampling_params import SamplingParams
+from millrace.engine.server.status import MS, failure_of
 from millrace.engine.text.chat import Message
 from millrace.v1 import admin_pb2 as admin
 from millrace.v1 import inference_pb2 as pb
 
-MAX_STATUS_CHARS = 1024  # of an error's text: trailers have to fit into 8 KiB of metadata
 MAX_TIMEOUT_MS = 2**53  # exact as a float; more than anybody waits
-MS = 1000  # milliseconds a second
-
-_PRINTABLE = "".join(chr(i) for i in range(0x20, 0x7F) if chr(i) != "%")
 
 _SAMPLING_FIELDS = (  # optional, and named alike on both sides
     *("temperature", "top_k", "top_p", "min_p"),
@@ -53,14 +38,6 @@ _FINISH: dict[FinishReason, pb.FinishReason] = {
     "refused": pb.FINISH_REASON_REFUSED,
     "error": pb.FINISH_REASON_ERROR,
 }
-_CODES: tuple[tuple[type[MillraceError], grpc.StatusCode], ...] = (  # the first that fits
-    (InvalidRequest, grpc.StatusCode.INVALID_ARGUMENT),
-    (DuplicateRequest, grpc.StatusCode.ALREADY_EXISTS),
-    (Overloaded, grpc.StatusCode.RESOURCE_EXHAUSTED),
-    (EngineUnavailable, grpc.StatusCode.UNAVAILABLE),
-    (TemplateError, grpc.StatusCode.FAILED_PRECONDITION),  # no other messages would help
-    (MillraceError, grpc.StatusCode.INTERNAL),
-)
 
 # ---------------------------------------------------------------- requests
 
@@ -279,69 +256,3 @@ def _summary(summary: Summary) -> pb.Summary:
         ),
         seed=summary.seed,
     )
-
-
-# ---------------------------------------------------------------- errors
-
-
-@dataclass(frozen=True, slots=True)
-class Status:
-    """A gRPC status and the trailing metadata that says the same to a program."""
-
-    code: grpc.StatusCode
-    message: str
-    metadata: tuple[tuple[str, str], ...] = ()
-
-
-# Ends of a lone request that are no errors to the engine. On Connect they are finish reasons.
-FINISH_STATUS: dict[FinishReason, Status] = {
-    "deadline": Status(grpc.StatusCode.DEADLINE_EXCEEDED, "the request's deadline has passed"),
-    "cancelled": Status(grpc.StatusCode.CANCELLED, "the request was cancelled"),
-}
-
-
-def status_of(error: MillraceError) -> Status:
-    """Return the status that an error ends a call with."""
-    metadata = []
-    if isinstance(error, RequestError):
-        named = (("millrace-field", error.field), ("millrace-limit", error.limit))
-        metadata += [(key, log_safe(value)) for key, value in named if value]
-    if isinstance(error, Overloaded):
-        metadata.append(("grpc-retry-pushback-ms", str(_retry_after_ms(error))))
-    return Status(_code(error), str(error)[:MAX_STATUS_CHARS], tuple(metadata))
-
-
-def unknown_id(request_id: str) -> pb.ConnectResult:
-    """Return the answer to the cancel of a request that is not live."""
-    return pb.ConnectResult(
-        response=pb.GenerateResponse(request_id=request_id[:MAX_REQUEST_ID_BYTES]),
-        failure=pb.Failure(
-            code=grpc.StatusCode.NOT_FOUND.value[0],
-            message="no live request of this stream has this id",
-            field="request_id",
-            limit="of a live request",
-        ),
-    )
-
-
-def failure_of(error: MillraceError) -> pb.Failure:
-    """Return the same as a message, for one request of a Connect stream."""
-    failure = pb.Failure(code=_code(error).value[0], message=str(error)[:MAX_STATUS_CHARS])
-    if isinstance(error, RequestError):
-        failure.field, failure.limit = error.field, error.limit
-    if isinstance(error, Overloaded):
-        failure.retry_after_ms = _retry_after_ms(error)
-    return failure
-
-
-def log_safe(text: str) -> str:
-    """Percent-encode all but printable ASCII: fit for metadata, and no forged line in a log."""
-    return quote(text, safe=_PRINTABLE)
-
-
-def _code(error: MillraceError) -> grpc.StatusCode:
-    return next(code for kind, code in _CODES if isinstance(error, kind))
-
-
-def _retry_after_ms(error: Overloaded) -> int:
-    return max(1, math.ceil(error.retry_after_s * MS))

@@ -8,9 +8,9 @@ After it: engine/async_engine.py.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Set
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Set
+from contextlib import aclosing
 from importlib.metadata import version
-from typing import NoReturn
 
 from grpc.aio import ServicerContext
 
@@ -21,7 +21,7 @@ from millrace.engine.input import GenerationRequest
 from millrace.engine.outbox import Outbox, RequestOutput
 from millrace.engine.server import convert
 from millrace.engine.server.connection import Connection
-from millrace.engine.server.interceptor import REQUEST_ID_KEY
+from millrace.engine.server.status import FINISH_STATUS, REQUEST_ID_KEY, log_safe
 from millrace.engine.server.text_calls import TextCalls
 from millrace.v1 import inference_pb2 as pb
 from millrace.v1.inference_pb2_grpc import InferenceServicer
@@ -39,9 +39,10 @@ class InferenceService(InferenceServicer):
         request_id = convert.given_or_new_id(request.request_id)
         wanted = convert.generation_request(request, request_id, context.time_remaining())
         finishes: set[FinishReason] = set()
-        async for output in self._outputs(wanted, context):
-            await context.write(convert.generate_response(output))
-            finishes |= {delta.finish for delta in output.outputs if delta.finish}
+        async with aclosing(self._outputs(wanted, context)) as outputs:
+            async for output in outputs:
+                await context.write(convert.generate_response(output))
+                finishes |= {delta.finish for delta in output.outputs if delta.finish}
         await _end(finishes, context)
 
     async def Connect(
@@ -67,11 +68,12 @@ class InferenceService(InferenceServicer):
         tokens: list[TokenLogprobs] = []
         finishes: set[FinishReason] = set()
         num_prompt_tokens = 0
-        async for output in self._outputs(wanted, context):
-            tokens += output.prompt_logprobs
-            finishes |= {delta.finish for delta in output.outputs if delta.finish}
-            if output.summary is not None:
-                num_prompt_tokens = output.summary.prompt_tokens
+        async with aclosing(self._outputs(wanted, context)) as outputs:
+            async for output in outputs:
+                tokens += output.prompt_logprobs
+                finishes |= {delta.finish for delta in output.outputs if delta.finish}
+                if output.summary is not None:
+                    num_prompt_tokens = output.summary.prompt_tokens
         await _end(finishes, context)
         if num_prompt_tokens < 2:
             limit = "at least two tokens"
@@ -91,13 +93,13 @@ class InferenceService(InferenceServicer):
 
     async def _outputs(
         self, wanted: GenerationRequest, context: ServicerContext
-    ) -> AsyncIterator[RequestOutput]:
+    ) -> AsyncGenerator[RequestOutput, None]:
         """Submit a lone request and yield its outputs; raises its error after what it had.
 
         Whatever ends the caller (a cancel, a disconnect, the call's deadline) ends the request.
         """
         engine = self._engine()
-        accepted = ((REQUEST_ID_KEY, convert.log_safe(wanted.request_id)),)
+        accepted = ((REQUEST_ID_KEY, log_safe(wanted.request_id)),)
         context.set_trailing_metadata(accepted)
         outbox = Outbox()
         try:
@@ -114,9 +116,8 @@ class InferenceService(InferenceServicer):
             outbox.close()
 
 
-async def _end(finishes: Set[FinishReason], context: ServicerContext) -> None | NoReturn:
+async def _end(finishes: Set[FinishReason], context: ServicerContext) -> None:
     """Abort a call whose request was cut short; what it had has been sent."""
-    for finish, status in convert.FINISH_STATUS.items():
+    for finish, status in FINISH_STATUS.items():
         if finish in finishes:
             await context.abort(status.code, status.message, context.trailing_metadata())
-    return None

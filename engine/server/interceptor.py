@@ -1,7 +1,7 @@
 """Where Millrace's calls end: bytes in that are no message, errors out as gRPC statuses.
 
 The services raise typed errors and never look at a status; what a status says comes from the one
-table in convert.py. An exception that nobody foresaw becomes INTERNAL with nothing of its text:
+table in status.py. An exception that nobody foresaw becomes INTERNAL with nothing of its text:
 that goes to the log, beside the request's id.
 """
 
@@ -16,11 +16,9 @@ import grpc
 from grpc.aio import AbortError, ServerInterceptor, ServicerContext
 
 from millrace.engine.errors import InvalidRequest, MillraceError
-from millrace.engine.server.convert import Status, log_safe, status_of
+from millrace.engine.server.status import INTERNAL, REQUEST_ID_KEY, log_safe, status_of
 
 _PREFIX = "/millrace."  # health and reflection end their own calls
-_INTERNAL = Status(grpc.StatusCode.INTERNAL, "internal error; the server's log has more")
-REQUEST_ID_KEY = "x-request-id"
 
 _log = logging.getLogger(__name__)
 
@@ -85,7 +83,7 @@ class ErrorInterceptor(ServerInterceptor):  # type: ignore[misc]
 
     async def _end(self, name: str, error: Exception, context: ServicerContext) -> None:
         known = tuple(context.trailing_metadata() or ())
-        status = status_of(error) if isinstance(error, MillraceError) else _INTERNAL
+        status = status_of(error) if isinstance(error, MillraceError) else INTERNAL
         request_id = log_safe(str(dict(known).get(REQUEST_ID_KEY, "-")))
         if status.code is grpc.StatusCode.INTERNAL:
             _log.error(

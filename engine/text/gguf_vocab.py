@@ -8,7 +8,7 @@ https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -42,15 +42,18 @@ class GGUFVocab:
     @classmethod
     def read(cls, metadata: Mapping[str, Any]) -> GGUFVocab:
         """Raises ModelError naming the key that is absent or malformed."""
-        tokens = _array(metadata, "tokens", str)
+        tokens = _array(metadata, "tokens", _text)
         if not 0 < len(tokens) <= MAX_VOCAB_SIZE:
             limit = f"expected 1 to {MAX_VOCAB_SIZE}"
             raise ModelError(f"{PREFIX}tokens: {len(tokens)} tokens, {limit}")
-        if len(set(tokens)) < len(tokens):
-            raise ModelError(f"{PREFIX}tokens: {_first_duplicate(tokens)!r} occurs twice")
         types = [PieceType.NORMAL] * len(tokens)
         if PREFIX + "token_type" in metadata:
             types = _array(metadata, "token_type", PieceType, len(tokens))
+        for token_id, token in enumerate(tokens):
+            if not token:  # some files fill gaps in the ids so; llama.cpp gives them this name
+                tokens[token_id], types[token_id] = f"[EMPTY_{token_id}]", PieceType.UNUSED
+        if len(set(tokens)) < len(tokens):
+            raise ModelError(f"{PREFIX}tokens: {_first_duplicate(tokens)!r} occurs twice")
         return cls(metadata, tokens, types)
 
     def of_type(self, *types: PieceType) -> list[int]:
@@ -99,7 +102,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
 
 def _byte_level_bpe(vocab: GGUFVocab) -> HFTokenizer:
     pre_tokenizer = find_pre_tokenizer(str(vocab.metadata.get(PREFIX + "pre", "default")))
-    merges = [_merge(line) for line in _array(vocab.metadata, "merges", str)]
+    merges = [_merge(line) for line in _array(vocab.metadata, "merges", _text)]
     ids = {token: token_id for token_id, token in enumerate(vocab.tokens)}
     try:
         model = models.BPE(ids, merges, ignore_merges=pre_tokenizer.whole_words)
@@ -126,7 +129,7 @@ def _merge(line: str) -> tuple[str, str]:
 def _added(vocab: GGUFVocab, kind: PieceType) -> list[AddedToken]:
     special = kind is PieceType.CONTROL
     spellings = (vocab.tokens[token_id] for token_id in vocab.of_type(kind))
-    return [AddedToken(s, normalized=False, special=special) for s in spellings if s]
+    return [AddedToken(s, normalized=False, special=special) for s in spellings]
 
 
 def _sentencepiece(vocab: GGUFVocab) -> SPMTokenizer:
@@ -137,7 +140,7 @@ def _sentencepiece(vocab: GGUFVocab) -> SPMTokenizer:
     if len(unknown) != 1:
         raise ModelError(f"{PREFIX}token_type: {len(unknown)} unknown tokens, expected one")
     model = spm_model(
-        map(_piece, range(len(scores)), vocab.tokens, scores, vocab.types),
+        map(_piece, vocab.tokens, scores, vocab.types),
         unk_id=unknown[0],
         add_dummy_prefix=vocab.flag("add_space_prefix", True),
         remove_extra_whitespaces=vocab.flag("remove_extra_whitespaces", False),
@@ -145,18 +148,19 @@ def _sentencepiece(vocab: GGUFVocab) -> SPMTokenizer:
     return SPMTokenizer(model, vocab.special_tokens(add_bos=True))
 
 
-def _piece(token_id: int, token: str, score: float, kind: PieceType) -> Piece:
-    if not token:
-        return Piece(f"[EMPTY_{token_id}]", score, PieceType.UNUSED)
+def _piece(token: str, score: float, kind: PieceType) -> Piece:
     if kind is PieceType.USER_DEFINED:
         token = token.replace(" ", SPACE_SYMBOL)  # sentencepiece sees text with spaces escaped
     return Piece(token, score, kind)
 
 
 def _array(
-    metadata: Mapping[str, Any], name: str, kind: type[T], length: int | None = None
+    metadata: Mapping[str, Any],
+    name: str,
+    convert: Callable[[Any], T],
+    length: int | None = None,
 ) -> list[T]:
-    """The array under `tokenizer.ggml.<name>`, each entry converted to `kind`."""
+    """The array under `tokenizer.ggml.<name>`, each entry converted."""
     key = PREFIX + name
     values = metadata.get(key)
     if values is None:
@@ -166,19 +170,15 @@ def _array(
     if length is not None and len(values) != length:
         raise ModelError(f"{key}: {len(values)} entries, expected {length}")
     try:
-        return _converted(values, kind)
+        return [convert(value) for value in values]
     except (TypeError, ValueError) as error:
         raise ModelError(f"{key}: {error}") from error
 
 
-def _converted(values: Sequence[Any], kind: type[T]) -> list[T]:
-    if kind is str:
-        odd = next((value for value in values if not isinstance(value, str)), None)
-        if odd is not None:
-            raise TypeError(f"a string is expected, not {type(odd).__name__}")
-        return list(values)
-    convert: Any = kind
-    return [convert(value) for value in values]
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"a string is expected, not {type(value).__name__}")
+    return value
 
 
 def _first_duplicate(tokens: Sequence[str]) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+
 from millrace.engine.errors import UnsupportedModel, WeightsError
 from millrace.engine.weights.gguf import GGUFCheckpoint
 from millrace.engine.weights.safetensors import PICKLE_SUFFIXES, SafetensorsCheckpoint
@@ -35,9 +36,9 @@ class Checkpoint(Protocol):
         """Return the tensor's shape, a matrix as (out, in). Raises WeightsError if missing."""
 
     def load(self, name: str) -> torch.Tensor:
-        """Read one tensor: a contiguous CPU tensor that the caller owns.
+        """Read one contiguous CPU tensor, in the stored float dtype or float32 if quantised.
 
-        It has the stored float dtype, or float32 where it was quantised.
+        Not to be written to: it may be a view of the mapped file, shared with later calls.
         Raises WeightsError if it is missing or unreadable, UnsupportedModel for other dtypes.
         """
 

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from millrace.engine.errors import UnsupportedModel, WeightsError
 from safetensors import SafetensorError, safe_open
+
+from millrace.engine.errors import UnsupportedModel, WeightsError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -138,16 +139,20 @@ def _what_is_wrong(path: Path, error: Exception) -> str:
     size = path.stat().st_size
     with path.open("rb") as file:
         header_bytes = int.from_bytes(file.read(HEADER_LENGTH_BYTES), "little")
-        whole = HEADER_LENGTH_BYTES + header_bytes
-        if size >= whole and header_bytes <= MAX_JSON_BYTES:
-            try:
-                entries = json.loads(file.read(header_bytes)).items()
-                ends = [
-                    entry["data_offsets"][1] for name, entry in entries if name != "__metadata__"
-                ]
-                whole += max(ends, default=0)
-            except (AttributeError, LookupError, RecursionError, TypeError, ValueError):
-                return f"has a malformed header: {error}"
+        header = file.read(min(header_bytes, MAX_JSON_BYTES))
+    whole = HEADER_LENGTH_BYTES + header_bytes
+    if size >= whole:
+        whole += _data_bytes(header)
     if size < whole:
         return f"is truncated: its header describes {whole} bytes, the file has {size}"
     return f"is malformed: {error}"
+
+
+def _data_bytes(header: bytes) -> int:
+    """Return the size of the data section that a header describes; 0 where it can't be read."""
+    try:
+        entries = json.loads(header)
+        ends = [e["data_offsets"][1] for name, e in entries.items() if name != "__metadata__"]
+        return int(max(ends))
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError):
+        return 0

@@ -28,8 +28,8 @@ from millrace.engine.core.messages import (
     StartFailed,
     StepOutput,
     StepStats,
-    TokenLogprobs,
     ToCore,
+    TokenLogprobs,
 )
 from millrace.engine.core.process import run_core
 from millrace.engine.text.vocabulary import Tokenizer, Vocabulary
@@ -182,7 +182,7 @@ def _ready(config: EngineConfig) -> Ready:
 
 
 def serve(config: EngineConfig, channel: CoreChannel) -> None:
-    """What `millrace.engine.core.loop.serve` is to the real core."""
+    """What `millrace.engine.core.main.serve` is to the real core."""
     options = _options(sys.argv[1:])
     if options.die_early:
         os._exit(DEATH_CODE)

@@ -39,7 +39,7 @@ FINISHED = FinishedRequest(
 def samples(metrics: Metrics) -> dict[str, float]:
     text = metrics.render().decode()
     return {
-        sample.name + "".join(f"{{{k}={v}}}" for k, v in sorted(sample.labels.items())): sample.value
+        sample.name + "".join(f"[{k}={v}]" for k, v in sorted(sample.labels.items())): sample.value
         for family in text_string_to_metric_families(text)
         for sample in family.samples
     }
@@ -76,7 +76,7 @@ def test_a_finished_request_is_counted_by_outcome_with_its_times() -> None:
     metrics = Metrics()
     metrics.request_finished(FINISHED)
     values = samples(metrics)
-    assert values["millrace_requests_total{outcome=length}"] == 1
+    assert values["millrace_requests_total[outcome=length]"] == 1
     assert values["millrace_prompt_tokens_total"] == 12
     assert values["millrace_cached_tokens_total"] == 8
     assert values["millrace_output_tokens_total"] == 3
@@ -91,7 +91,7 @@ def test_a_request_that_never_ran_has_no_first_token() -> None:
     metrics = Metrics()
     metrics.request_finished(FinishedRequest(outcome="refused", total_s=0.01))
     values = samples(metrics)
-    assert values["millrace_requests_total{outcome=refused}"] == 1
+    assert values["millrace_requests_total[outcome=refused]"] == 1
     assert values["millrace_time_to_first_token_seconds_count"] == 0
     assert values["millrace_queue_seconds_count"] == 0
     assert values["millrace_e2e_latency_seconds_count"] == 1
@@ -100,7 +100,8 @@ def test_a_request_that_never_ran_has_no_first_token() -> None:
 def test_calls_are_counted_by_method_and_status() -> None:
     metrics = Metrics()
     metrics.call_ended("Generate", "INVALID_ARGUMENT")
-    assert samples(metrics)["millrace_grpc_calls_total{code=INVALID_ARGUMENT}{method=Generate}"] == 1
+    name = "millrace_grpc_calls_total[code=INVALID_ARGUMENT][method=Generate]"
+    assert samples(metrics)[name] == 1
 
 
 def test_the_build_names_version_and_model() -> None:
@@ -114,7 +115,7 @@ def test_the_build_names_version_and_model() -> None:
 def test_two_servers_in_one_process_do_not_share_metrics() -> None:
     one, other = Metrics(), Metrics()
     one.request_finished(FINISHED)
-    assert "millrace_requests_total{outcome=length}" not in samples(other)
+    assert "millrace_requests_total[outcome=length]" not in samples(other)
     assert samples(other)["millrace_prompt_tokens_total"] == 0
 
 

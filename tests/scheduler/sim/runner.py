@@ -10,10 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+
 from millrace.scheduler.plan import StepPlan, StepResult
 from millrace.scheduler.request import Request
-
-from sim.script import NO_PREFIX, Script, draw, extend
+from tests.scheduler.sim.script import NO_PREFIX, Script, draw, extend
 
 POISON = -1
 
@@ -26,7 +26,12 @@ class Sequence:
     tokens: list[int]
     prefix: list[int]  # hash of each known position
     table: list[int] = field(default_factory=list)
+    given: int = 0  # tokens known at its admission
     computed: int | None = None  # None: its first chunk has not come yet
+
+    @property
+    def is_prefilled(self) -> bool:
+        return self.computed is not None and self.computed >= self.given
 
     def append(self, token: int) -> None:
         self.prefix.append(extend(self.prefix[-1] if self.prefix else NO_PREFIX, token))
@@ -60,7 +65,8 @@ class FakeRunner:
         work = [Work(c.slot, c.start, c.length, c.samples) for c in plan.prefill]
         for slot in sorted(self.decoding):
             computed = self.slots[slot].computed
-            assert computed is not None, f"slot {slot} decodes before its prompt"
+            assert self.slots[slot].is_prefilled, f"slot {slot} decodes before its prompt"
+            assert computed is not None, "what is prefilled is computed"
             work.append(Work(slot, computed, 1, True))
         slots = [item.slot for item in work]
         assert len(set(slots)) == len(slots), f"a slot has two roles: {slots}"
@@ -81,8 +87,9 @@ class FakeRunner:
         del self._readers[step]
 
     def lose(self) -> None:
-        """Steps in flight are lost, and no KV can be trusted."""
+        """Steps in flight are lost, no KV can be trusted, and no slot decodes any more."""
         self._readers.clear()
+        self.decoding.clear()
         self.kv[:] = POISON
 
     def holds(self, tokens: list[int], blocks: list[int]) -> bool:
@@ -102,6 +109,7 @@ class FakeRunner:
             self.slots[request.slot] = sequence = Sequence(request, [], [])
             for token in request.known_tokens().tolist():
                 sequence.append(token)
+            sequence.given = len(sequence.tokens)
         for slot, index, block in plan.block_appends:
             table = self.slots[slot].table
             assert index == len(table), f"slot {slot}: block {index} comes after {len(table)}"

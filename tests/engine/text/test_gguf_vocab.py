@@ -1,0 +1,197 @@
+"""GGUF vocabularies: the built-in model's against transformers, and every way to be malformed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+from tokenizers import Tokenizer as Backend
+from tokenizers import pre_tokenizers
+
+from millrace.engine.errors import ModelError, UnsupportedModel
+from millrace.engine.text.gguf_vocab import tokenizer_from_gguf
+from millrace.engine.text.tokenizer import Tokenizer, load_tokenizer
+from millrace.engine.weights.locate import ModelLocation, resolve
+
+
+@pytest.fixture(scope="session")
+def builtin_location() -> ModelLocation:
+    return resolve(None)
+
+
+@pytest.fixture(scope="session")
+def builtin(builtin_location: ModelLocation) -> Tokenizer:
+    return load_tokenizer(builtin_location)
+
+
+@pytest.fixture(scope="session")
+def builtin_reference(builtin_location: ModelLocation) -> Any:
+    path: Path = builtin_location.path
+    reference = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    # transformers 5.23 doesn't know "smollm" and splits as GPT-2 does. This is the pre-tokenizer in
+    # the tokenizer.json of HuggingFaceTB/SmolLM2-135M-Instruct.
+    reference.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    return reference
+
+
+@pytest.mark.model
+def test_builtin_ids_and_text_equal_transformers(
+    builtin: Tokenizer, builtin_reference: Any, text: str
+) -> None:
+    text += "<|im_start|>user\n" + text + "<|im_end|>\n"
+    ids = builtin.encode(text)
+    assert ids == builtin_reference(text).input_ids
+    assert builtin.decode(ids, skip_special=False) == text == builtin_reference.decode(ids)
+    assert builtin.decode(ids) == builtin_reference.decode(ids, skip_special_tokens=True)
+    literal = builtin.encode(text, parse_special=False)
+    assert not builtin.special_ids & set(literal)
+    assert builtin.decode(literal) == text
+
+
+@pytest.mark.model
+def test_builtin_special_tokens(builtin: Tokenizer) -> None:
+    assert (builtin.bos_id, builtin.eos_ids, builtin.vocab_size) == (1, {2}, 49152)
+    assert builtin.encode("hi") == builtin.encode("hi", add_special=False)
+    assert builtin.encode("12 3")[:2] == [builtin.encode(c)[0] for c in "12"]
+    assert {0, 1, 2} <= builtin.special_ids
+
+
+def test_byte_level_ids_equal_the_original(
+    bpe_metadata: dict[str, Any], trained: Callable[[], Backend], text: str
+) -> None:
+    tokenizer = tokenizer_from_gguf(bpe_metadata)
+    text += "<tool></s>" + text
+    assert tokenizer.encode(text) == trained().encode(text).ids
+    assert tokenizer.decode(tokenizer.encode(text), skip_special=False) == text
+
+
+@pytest.mark.parametrize(
+    ("pre", "words"),
+    [
+        ("gpt-2", ["It", "'s", " 1234", "\n ", " x", "É"]),
+        ("smollm", ["It", "'s", " ", "1", "2", "3", "4", "\n ", " x", "É"]),
+        ("llama-bpe", ["It", "'s", " ", "123", "4", "\n", " ", " x", "É"]),
+        ("qwen2", ["It", "'s", " ", "1", "2", "3", "4", "\n", " ", " x", "É"]),
+        ("tekken", ["It", "'s", " ", "1", "2", "3", "4", "\n", " ", " x", "É"]),
+        ("gpt-4o", ["It's", " ", "123", "4", "\n", " ", " x", "É"]),
+    ],
+)
+def test_pre_tokenizer_cuts_words(bpe_metadata: dict[str, Any], pre: str, words: list[str]) -> None:
+    alphabet = bpe_metadata["tokenizer.ggml.tokens"][2:258]
+    metadata = bpe_metadata | _words_as_tokens(alphabet, words) | {"tokenizer.ggml.pre": pre}
+    tokenizer = tokenizer_from_gguf(metadata | {"tokenizer.ggml.add_bos_token": False})
+    ids = tokenizer.encode("".join(words))
+    assert [tokenizer.decode([i]) for i in ids] == words
+
+
+def _words_as_tokens(alphabet: list[str], words: list[str]) -> dict[str, Any]:
+    """A vocabulary in which everything merges, from the left, as far as a word goes."""
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokens, merges = dict.fromkeys(alphabet), []
+    spelled = byte_level.pre_tokenize_str("".join(words))[0][0]
+    for start in range(len(spelled)):
+        for end in range(start + 2, len(spelled) + 1):
+            tokens[spelled[start:end]] = None
+    for token in sorted(tokens, key=len):
+        if len(token) > 1:
+            merges.append(f"{token[:-1]} {token[-1]}")
+    return {
+        "tokenizer.ggml.tokens": list(tokens),
+        "tokenizer.ggml.token_type": [1] * len(tokens),
+        "tokenizer.ggml.merges": merges,
+        "tokenizer.ggml.eos_token_id": None,
+        "tokenizer.ggml.bos_token_id": None,
+    }
+
+
+def test_qwen2_normalizes_to_form_c(bpe_metadata: dict[str, Any]) -> None:
+    tokenizer = tokenizer_from_gguf(bpe_metadata | {"tokenizer.ggml.pre": "qwen2"})
+    assert tokenizer.encode("cafe\u0301") == tokenizer.encode("café")
+
+
+def test_bos_is_added_where_the_file_or_its_kind_says(bpe_metadata: dict[str, Any]) -> None:
+    def first(**keys: Any) -> int:
+        named = {f"tokenizer.ggml.{key}": value for key, value in keys.items()}
+        return tokenizer_from_gguf(bpe_metadata | named).encode("x")[0]
+
+    bos = bpe_metadata["tokenizer.ggml.bos_token_id"]
+    assert first() != bos
+    assert first(add_bos_token=True) == bos
+    assert first(pre="llama-bpe") == bos
+    assert first(pre="llama-bpe", add_bos_token=False) != bos
+
+
+def test_turn_ends_are_eos(bpe_metadata: dict[str, Any]) -> None:
+    tokens, types = (bpe_metadata[f"tokenizer.ggml.{k}"] for k in ("tokens", "token_type"))
+    size, eos = len(tokens), bpe_metadata["tokenizer.ggml.eos_token_id"]
+    metadata = bpe_metadata | {
+        "tokenizer.ggml.tokens": [*tokens, "<|eot_id|>", "<x>", "<|end|>", "", ""],
+        "tokenizer.ggml.token_type": [*types, 3, 3, 1, 1, 1],
+        "tokenizer.ggml.eot_token_id": size + 1,
+    }
+    tokenizer = tokenizer_from_gguf(metadata)
+    assert tokenizer.eos_ids == {eos, size, size + 1}, "an ordinary token <|end|> ends nothing"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("tokens", None),
+        ("tokens", "abc"),
+        ("tokens", []),
+        ("tokens", [1, 2]),
+        ("tokens", ["a", "a"]),
+        ("token_type", [1]),
+        ("token_type", [99] * 601),
+        ("merges", None),
+        ("merges", ["ab"]),
+        ("merges", [" a"]),
+        ("merges", ["a no-such-token"]),
+        ("eos_token_id", 10**6),
+        ("bos_token_id", -1),
+        ("eot_token_id", "x"),
+    ],
+)
+def test_malformed_byte_level_metadata_is_refused_by_key(
+    bpe_metadata: dict[str, Any], key: str, value: Any
+) -> None:
+    with pytest.raises(ModelError, match=rf"tokenizer\.ggml\.{key}"):
+        tokenizer_from_gguf(bpe_metadata | {f"tokenizer.ggml.{key}": value})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("scores", None),
+        ("scores", [0.0]),
+        ("scores", [float("nan")]),
+        ("scores", ["x"]),
+        ("token_type", [1]),
+    ],
+)
+def test_malformed_sentencepiece_metadata_is_refused_by_key(
+    spm_metadata: dict[str, Any], key: str, value: Any
+) -> None:
+    size = len(spm_metadata["tokenizer.ggml.tokens"])
+    value = value * size if value and len(value) == 1 and value != [0.0] else value
+    with pytest.raises(ModelError, match=rf"tokenizer\.ggml\.{key}"):
+        tokenizer_from_gguf(spm_metadata | {f"tokenizer.ggml.{key}": value})
+
+
+def test_incomplete_byte_pieces_are_refused(spm_metadata: dict[str, Any]) -> None:
+    types = list(spm_metadata["tokenizer.ggml.token_type"])
+    types[types.index(6)] = 1
+    with pytest.raises(ModelError, match="not a sentencepiece model"):
+        tokenizer_from_gguf(spm_metadata | {"tokenizer.ggml.token_type": types})
+
+
+def test_unknown_kinds_are_named(bpe_metadata: dict[str, Any]) -> None:
+    with pytest.raises(UnsupportedModel, match="'rwkv'"):
+        tokenizer_from_gguf({"tokenizer.ggml.model": "rwkv"})
+    with pytest.raises(UnsupportedModel, match="'kimi-k2'"):
+        tokenizer_from_gguf(bpe_metadata | {"tokenizer.ggml.pre": "kimi-k2"})

@@ -1,0 +1,142 @@
+"""kv_append against transformers' rotation, and against its definition."""
+
+import pytest
+import torch
+from millrace.kernels.kv_append import kv_append, kv_append_reference, rope_table
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+
+BLOCKS, BLOCK_SIZE = 7, 16
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def case(num_tokens, heads, kv_heads, head_dim, dtype, *, norm=False):
+    """Arguments of kv_append, with caches of NaN."""
+    norms = [torch.rand(head_dim).to(dtype) + 0.5 if norm else None for _ in range(2)]
+    shape = (BLOCKS, BLOCK_SIZE, kv_heads, head_dim)
+    return {
+        "qkv": torch.randn(num_tokens, (heads + 2 * kv_heads) * head_dim).to(dtype),
+        "positions": torch.randint(0, 200, (num_tokens,)),
+        "write_index": torch.randperm(BLOCKS * BLOCK_SIZE)[:num_tokens],
+        "cos_sin": rope_table(head_dim, 200, 10000.0),
+        "k_cache": torch.full(shape, float("nan"), dtype=dtype),
+        "v_cache": torch.full(shape, float("nan"), dtype=dtype),
+        "num_heads": heads,
+        "q_norm_weight": norms[0],
+        "k_norm_weight": norms[1],
+        "eps": 1e-6,
+    }
+
+
+def expected_by_transformers(arguments, heads, kv_heads):
+    """(q, k, v) [T, heads, D] in float32, by transformers' own functions."""
+    head_dim = arguments["k_cache"].shape[-1]
+    qkv = arguments["qkv"].view(len(arguments["positions"]), -1, head_dim)
+    q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
+    for name, x in (("q_norm_weight", q), ("k_norm_weight", k)):
+        if arguments[name] is not None:
+            norm = LlamaRMSNorm(head_dim, eps=1e-6).to(x.dtype)
+            norm.weight.data = arguments[name]
+            x = norm(x).detach()
+        if name[0] == "q":
+            q = x
+        else:
+            k = x
+    cos, sin = arguments["cos_sin"][arguments["positions"]].chunk(2, dim=-1)
+    cos, sin = torch.cat((cos, cos), -1)[None], torch.cat((sin, sin), -1)[None]
+    q, k = q.float().transpose(0, 1)[None], k.float().transpose(0, 1)[None]
+    q, k = apply_rotary_pos_emb(q, k, cos, sin)
+    return q[0].transpose(0, 1), k[0].transpose(0, 1), v.float()
+
+
+@pytest.mark.parametrize("form", [kv_append, kv_append_reference])
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "qk_norm"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_query_and_cache_rows_are_those_of_transformers(form, norm, dtype):
+    heads, kv_heads = 6, 2
+    arguments = case(33, heads, kv_heads, 64, dtype, norm=norm)
+    before = arguments["qkv"].clone()
+    q = form(**arguments)
+    rows = {name: arguments[name].flatten(0, 1) for name in ("k_cache", "v_cache")}
+    expected_q, expected_k, expected_v = expected_by_transformers(arguments, heads, kv_heads)
+    written = arguments["write_index"]
+    tolerance = {"rtol": torch.finfo(dtype).eps, "atol": 4 * torch.finfo(dtype).eps}
+    torch.testing.assert_close(q.float(), expected_q, **tolerance)
+    torch.testing.assert_close(rows["k_cache"][written].float(), expected_k, **tolerance)
+    assert torch.equal(rows["v_cache"][written].float(), expected_v)
+    assert torch.equal(arguments["qkv"], before)
+    untouched = torch.ones(BLOCKS * BLOCK_SIZE, dtype=torch.bool)
+    untouched[written] = False
+    assert rows["k_cache"][untouched].isnan().all() and rows["v_cache"][untouched].isnan().all()
+
+
+@pytest.mark.parametrize("heads,kv_heads,head_dim", [(1, 1, 2), (9, 3, 64), (4, 4, 80), (8, 1, 128)])
+@pytest.mark.parametrize("num_tokens", [1, 63])
+def test_fast_form_agrees_with_the_definition(num_tokens, heads, kv_heads, head_dim):
+    fast = case(num_tokens, heads, kv_heads, head_dim, torch.bfloat16)
+    slow = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in fast.items()}
+    tolerance = {"rtol": torch.finfo(torch.bfloat16).eps, "atol": 1e-6}  # one step: a fused a*b+c
+    torch.testing.assert_close(kv_append(**fast), kv_append_reference(**slow), **tolerance)
+    for name in ("k_cache", "v_cache"):
+        torch.testing.assert_close(fast[name], slow[name], equal_nan=True, **tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [64, 80])
+def test_a_token_has_the_same_bits_alone_and_among_others(head_dim, dtype):
+    arguments = case(33, 6, 2, head_dim, dtype)
+    together = kv_append(**arguments)
+    for t in range(33):
+        one = {name: arguments[name][t : t + 1] for name in ("qkv", "positions", "write_index")}
+        k_cache = torch.full_like(arguments["k_cache"], float("nan"))
+        alone = kv_append(**{**arguments, **one, "k_cache": k_cache})
+        row = arguments["write_index"][t]
+        assert torch.equal(alone[0], together[t])
+        written = arguments["k_cache"].flatten(0, 1)[row]
+        assert torch.equal(k_cache.flatten(0, 1)[row], written)
+
+
+def test_worked_example_of_the_docstring():
+    """Position 37 of a sequence in blocks (5, 9, 4) is written to block 4, offset 5: row 69."""
+    arguments = case(1, 1, 1, 4, torch.float32)
+    arguments["positions"], arguments["write_index"] = torch.tensor([37]), torch.tensor([69])
+    kv_append(**arguments)
+    assert torch.equal(arguments["v_cache"][4, 5, 0], arguments["qkv"][0, 8:])
+
+
+def test_no_tokens_write_nothing():
+    arguments = case(0, 3, 1, 8, torch.float32)
+    assert kv_append(**arguments).shape == (0, 3, 8)
+    assert arguments["k_cache"].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "bad"),
+    [
+        ("qkv", torch.randn(3, 47)),
+        ("positions", torch.zeros(2, dtype=torch.int64)),
+        ("positions", torch.zeros(3, dtype=torch.int32)),
+        ("write_index", torch.zeros(4, dtype=torch.int64)),
+        ("cos_sin", torch.zeros(200, 4)),
+        ("v_cache", torch.zeros(BLOCKS, BLOCK_SIZE, 1, 4)),
+        ("k_cache", torch.zeros(BLOCKS, BLOCK_SIZE, 1, 16)[..., ::2]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else str(tuple(value.shape)),
+)
+def test_an_argument_that_does_not_fit_is_named(name, bad):
+    arguments = case(3, 4, 1, 8, torch.float32)
+    with pytest.raises(ValueError, match=name):
+        kv_append(**{**arguments, name: bad})
+
+
+def test_one_norm_weight_without_the_other_is_refused():
+    arguments = case(3, 4, 1, 8, torch.float32)
+    with pytest.raises(ValueError, match="k_norm_weight"):
+        kv_append(**{**arguments, "q_norm_weight": torch.ones(8)})
+
+
+def test_a_write_outside_the_cache_raises_and_corrupts_nothing():
+    arguments = case(1, 4, 1, 8, torch.float32)
+    arguments["write_index"] = torch.tensor([BLOCKS * BLOCK_SIZE])
+    with pytest.raises(IndexError):
+        kv_append(**arguments)
+    assert arguments["k_cache"].isnan().all()

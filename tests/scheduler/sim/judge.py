@@ -1,0 +1,108 @@
+"""Judge: is this the plan that the policy promises? It sees public state, before and after."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from millrace.scheduler.plan import StepPlan
+from millrace.scheduler.request import NO_SLOT, Request
+from millrace.scheduler.scheduler import Scheduler
+from tests.scheduler.sim.runner import FakeRunner, Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Before:
+    """What could move just before a step was planned."""
+
+    ready: list[Sequence]  # decode, and have room in their last block
+    crossing: list[Sequence]  # decode, and need another block first
+    prefilling: list[Sequence]
+    preemptions: dict[int, int]  # by request
+
+
+def look(scheduler: Scheduler, runner: FakeRunner) -> Before:
+    before = Before([], [], [], {})
+    for request in scheduler.requests.values():
+        before.preemptions[request.id] = request.num_preemptions
+        if request.slot == NO_SLOT or request.is_closing:
+            continue
+        sequence = runner.slots[request.slot]
+        assert sequence.request is request, f"slot {request.slot} is another's on the device"
+        computed = sequence.computed
+        assert computed is not None, "every admitted request computes something at once"
+        if not sequence.is_prefilled:
+            before.prefilling.append(sequence)
+        elif computed < request.max_length - 1:
+            has_room = computed < len(sequence.table) * runner.block_size
+            (before.ready if has_room else before.crossing).append(sequence)
+    return before
+
+
+def judge(scheduler: Scheduler, runner: FakeRunner, before: Before, plan: StepPlan | None) -> None:
+    """`plan` has been executed already, if it is one."""
+    yielded = _yielded(scheduler, before)
+    _judge_preemptions(scheduler, before, yielded)
+    if plan is None:
+        _judge_rest(scheduler, before)
+        num_tokens = 0
+    else:
+        assert 0 < plan.num_tokens <= scheduler.limits.max_step_tokens, f"{plan.num_tokens} tokens"
+        assert not (yielded and plan.admitted), "admitted where memory had just run out"
+        _judge_order(scheduler, plan)
+        num_tokens = plan.num_tokens
+    if num_tokens < scheduler.limits.max_step_tokens:
+        _judge_leftover(scheduler, runner, before, may_admit=not yielded)
+    for sequence in before.ready:
+        request = sequence.request
+        is_planned = plan is not None and request.slot in runner.decoding
+        assert is_planned or not _is_planned_on(request), f"request {request.id} is kept waiting"
+
+
+def _is_planned_on(request: Request) -> bool:
+    return request.slot != NO_SLOT and not request.is_closing
+
+
+def _yielded(scheduler: Scheduler, before: Before) -> list[Request]:
+    live = scheduler.requests.values()
+    return [r for r in live if r.num_preemptions > before.preemptions[r.id]]
+
+
+def _judge_preemptions(scheduler: Scheduler, before: Before, yielded: list[Request]) -> None:
+    """The youngest yield, and no more of them than memory asks for."""
+    if not yielded:
+        return
+    staying = [r for r in scheduler.requests.values() if _is_planned_on(r)]
+    youngest = max((request.arrival for request in staying), default=-1)
+    assert min(r.arrival for r in yielded) > youngest, "an older request yielded to a younger"
+    if not scheduler.limits.prefix_caching:  # so every victim brings at least one block
+        needed = len(before.crossing)
+        assert len(yielded) <= needed, f"{len(yielded)} yielded where {needed} blocks were needed"
+
+
+def _judge_order(scheduler: Scheduler, plan: StepPlan) -> None:
+    """Nobody overtakes the head of the queue, whether new or preempted."""
+    head = scheduler.policy.head()
+    if plan.admitted and head is not None:
+        newest = max(request.arrival for request in plan.admitted)
+        assert newest < head.arrival, f"request {newest} overtook request {head.arrival}"
+
+
+def _judge_rest(scheduler: Scheduler, before: Before) -> None:
+    """An empty step is right only if nothing can move."""
+    waits = [s.request.id for s in before.crossing if _is_planned_on(s.request)]
+    has_blocks = scheduler.pool.num_available > 0
+    assert not (waits and has_blocks), f"requests {waits} wait for blocks that are there"
+
+
+def _judge_leftover(
+    scheduler: Scheduler, runner: FakeRunner, before: Before, may_admit: bool
+) -> None:
+    """Budget is left over only if no prompt and no waiting request could have used it."""
+    for sequence in before.prefilling:
+        is_done = sequence.is_prefilled or not _is_planned_on(sequence.request)
+        assert is_done, f"the prompt of request {sequence.request.id} is kept waiting"
+    head = scheduler.policy.head()
+    if may_admit and head is not None and scheduler.num_running < scheduler.limits.max_running:
+        need = -(-head.num_known // scheduler.limits.block_size)
+        available = scheduler.pool.num_available
+        assert need > available, f"request {head.id} waits for {need} of {available} blocks"

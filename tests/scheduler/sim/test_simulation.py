@@ -1,0 +1,67 @@
+"""Hundreds of small worlds in which everything goes wrong at once, and no token may change.
+
+`SIM_SEED=n` replays one of them; the slow run goes through thousands.
+"""
+
+import os
+from collections import Counter
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from millrace.scheduler.request import Finish
+from tests.scheduler.sim.world import World, simulate
+
+SEEDS, BATCH = 400, 40
+SLOW_SEEDS, SLOW_BATCH = 20_000, 1000
+SMALL = 5  # requests, where hypothesis shrinks a world
+REPLAYED = os.environ.get("SIM_SEED")
+
+
+def batches(first: int, last: int, size: int) -> list[range]:
+    if REPLAYED is not None:
+        return [range(int(REPLAYED), int(REPLAYED) + 1)]
+    return [range(start, start + size) for start in range(first, last, size)]
+
+
+@pytest.mark.parametrize("seeds", batches(0, SEEDS, BATCH), ids=str)
+def test_every_request_gets_its_own_tokens_whatever_happens(seeds):
+    for seed in seeds:
+        simulate(seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seeds", batches(SEEDS, SLOW_SEEDS + SEEDS, SLOW_BATCH), ids=str)
+def test_every_request_gets_its_own_tokens_in_thousands_of_worlds(seeds):
+    for seed in seeds:
+        simulate(seed)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(rng=st.randoms(use_true_random=False))
+def test_every_request_gets_its_own_tokens_in_worlds_that_shrink(rng):
+    World(rng, max_requests=SMALL).run()
+
+
+def test_a_seed_gives_the_same_events_every_time():
+    for seed in range(5):
+        assert simulate(seed).trace == simulate(seed).trace
+    assert simulate(0).trace != simulate(1).trace
+
+
+def test_the_worlds_are_as_rough_as_they_should_be():
+    """A simulation in which nothing happens would prove nothing."""
+    happened = Counter()
+    for seed in range(100):
+        world = simulate(seed)
+        happened.update(world.ledger.ended.values())
+        happened["refused"] += world.ledger.refused
+        happened["preempted"] += world.scheduler.counters.preemptions
+        happened["hit tokens"] += world.scheduler.counters.prefix_hit_tokens
+        happened["abandoned"] += len(world.ledger.abandoned)
+        happened["steps"] += sum(isinstance(event[0], int) for event in world.trace if event)
+    for what in [*Finish, "refused", "preempted", "abandoned"]:
+        assert happened[what] >= 20, happened
+    assert happened["hit tokens"] >= 1000, happened
+    assert happened["steps"] >= 2000, happened
