@@ -174,7 +174,8 @@ def _decode_group(
     blocks = batch.block_table[batch.slots[batch_rows]].long().gather(1, position // block_size)
     token = (blocks * block_size + position % block_size).unsqueeze(1)  # [n, 1, L]
     key_rows = token * num_kv_heads + torch.arange(num_kv_heads).unsqueeze(1)  # [n, G, L]
-    score_rows = key_rows.repeat_interleave(num_heads // num_kv_heads, dim=1).flatten()
+    group = num_heads // num_kv_heads
+    score_rows = key_rows.unsqueeze(2).expand(-1, -1, group, -1).flatten()
     offsets = torch.arange(0, score_rows.numel() + 1, length)
     return DecodeGroup(
         rows=rows,

@@ -43,6 +43,14 @@ def at_least(x: Tensor, maxima: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor,
     return row[pair], i_group[pair] * group + lane, values[pair, lane]
 
 
+def count_above(x: Tensor, maxima: Tensor, bounds: Tensor) -> Tensor:
+    """How many values lie above their row's bound: x [R, V], maxima of x, bounds [R] -> i64[R]."""
+    row, i_group = (maxima > bounds.unsqueeze(1)).nonzero(as_tuple=True)
+    above = x.view(x.shape[0], -1, _group(x))[row, i_group] > bounds[row].unsqueeze(1)
+    counts = torch.zeros(x.shape[0], dtype=torch.int64)
+    return counts.index_add_(0, row, above.sum(1))
+
+
 def top_k_bounds(maxima: Tensor, top_k: Tensor) -> Tensor:
     """A bound f32[R] below which no value of the top_k i64[R] >= 1 lies; -inf where unknown."""
     widest = min(int(top_k.max()), maxima.shape[1])

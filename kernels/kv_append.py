@@ -98,7 +98,7 @@ def kv_append_reference(
     queries = torch.empty(qkv.shape[0], num_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
     for t in range(qkv.shape[0]):
         heads = qkv[t].view(-1, head_dim)
-        q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads])
+        q, k, v = heads.tensor_split((num_heads, num_heads + num_kv_heads))
         if q_norm_weight is not None and k_norm_weight is not None:
             q = rms_norm_reference(q, q_norm_weight, eps)
             k = rms_norm_reference(k, k_norm_weight, eps)

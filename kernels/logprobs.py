@@ -15,6 +15,7 @@ from torch import Tensor
 
 from millrace.kernels.candidates import (
     at_least,
+    count_above,
     group_maxima,
     sorted_rows,
     top_k_bounds,
@@ -71,7 +72,7 @@ def raw_logprobs_cpu(logits: Tensor, token_ids: Tensor, num_top: int) -> RawLogp
         maxima = group_maxima(x)
         best, log_sum = log_sum_exp(x, maxima.amax(1, keepdim=True))
         out.logprobs[i_row] = chosen - best - log_sum
-        out.ranks[i_row] = (x > chosen).sum() + 1
+        out.ranks[i_row] = count_above(x, maxima, chosen) + 1
         if num_top:
             out.top_ids[i_row], top = _top(x, maxima, num_top)
             out.top_logprobs[i_row] = top - best - log_sum

@@ -51,7 +51,7 @@ def pack_linear(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
     """
     expect("weight", weight, (None, None))
     _expect_bias(weight, bias)
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    if weight.device.type != "cpu" or not torch._C._has_mkldnn:
         return pack_linear_reference(weight, bias)
     compute_dtype = weight.dtype if _is_native(weight.dtype) else torch.float32
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(compute_dtype))

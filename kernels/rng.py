@@ -39,7 +39,7 @@ MASK = 0xFFFFFFFF
 WORD_SCALE = 2.0**-32
 MAX_UNIFORM = 1.0 - 2.0**-24
 
-_ROWS_AT_ONCE = 4  # rows per pass of gumbel_noise: its temporaries then stay in the cache
+_BLOCK_TOKENS = 1 << 18  # noise made at a time, so that temporaries stay in the cache
 
 
 def philox4x32(
@@ -80,8 +80,9 @@ def gumbel_noise(seeds: Tensor, positions: Tensor, vocab: int) -> Tensor:
     rows, tiles = seeds.shape[0], -(-vocab // TILE)
     counters = torch.arange(tiles * CALLS_PER_TILE, device=seeds.device)
     noise = torch.empty(rows, tiles, WORDS, CALLS_PER_TILE, device=seeds.device)
-    for start in range(0, rows, _ROWS_AT_ONCE):
-        part = slice(start, min(start + _ROWS_AT_ONCE, rows))
+    few = max(1, _BLOCK_TOKENS // (tiles * TILE))
+    for start in range(0, rows, few):
+        part = slice(start, min(start + few, rows))
         words = _philox_rows(seeds[part], positions[part], counters)
         for i_word in range(WORDS):
             noise[part, :, i_word].copy_(words[i_word].view(-1, tiles, CALLS_PER_TILE))

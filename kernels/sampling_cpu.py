@@ -7,6 +7,7 @@ logit, a NaN) goes to the reference's own code.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ from millrace.kernels.sampling import (
 )
 from millrace.kernels.slot_sampling import SlotSampling
 
-_ROWS_AT_ONCE = 4  # rows whose temporaries over the vocabulary stay in the cache
+_BLOCK_VALUES = 1 << 18  # logits worked on at a time, so that temporaries stay in the cache
 _NARROW = 2048  # candidates up to which rows share one table; a wider row gets its own
 _BOUND_SLACK = 1e-3  # lowers a bound made with exp and ln, by far more than they round
 
@@ -46,19 +47,19 @@ def sample_cpu(
 ) -> SampledTokens:
     """As `sample_reference`: same arguments, same tokens. IndexError if a slot is not in [0, S)."""
     check_inputs(logits, slots, positions, params)
-    logits = logits.contiguous()
-    greedy = params.temperature[slots] < GREEDY_BELOW
-    filtered = (params.top_k[slots] > 0) | (params.top_p[slots] < 1) | (params.min_p[slots] > 0)
+    batch = _Rows(logits.contiguous(), slots, positions, params)
+    greedy = batch.of("temperature") < GREEDY_BELOW
+    filtered = (batch.of("top_k") > 0) | (batch.of("top_p") < 1) | (batch.of("min_p") > 0)
     token_ids = torch.zeros_like(slots)
     best = torch.zeros(slots.shape[0])
     for sampler, wanted in (
         (_greedy, greedy),
-        (_unfiltered, ~greedy & ~filtered),
-        (_filtered, ~greedy & filtered),
+        (_unfiltered, ~(greedy | filtered)),
+        (_filtered, filtered & ~greedy),
     ):
         rows = wanted.nonzero().squeeze(1)
         if rows.shape[0]:
-            token_ids[rows], best[rows] = sampler(logits, rows, slots, positions, params)
+            token_ids[rows], best[rows] = sampler(batch.take(rows))
     ok = torch.ones_like(greedy)
     for i_row in (~best.isfinite()).nonzero().squeeze(1).tolist():
         slot, position = int(slots[i_row]), int(positions[i_row])
@@ -67,57 +68,99 @@ def sample_cpu(
         token_ids[i_row], ok[i_row] = token_id or 0, token_id is not None
     sampled = SampledTokens(token_ids, ok)
     if want_logprobs:
-        attach_logprobs(sampled, raw_logprobs_cpu(logits, token_ids, num_top))
+        attach_logprobs(sampled, raw_logprobs_cpu(batch.logits, token_ids, num_top))
     return sampled
 
 
-Head = tuple[Tensor, Tensor, Tensor]
-"""What `at_least` returns: row i64[N], id i64[N], value f32[N], by row, then id."""
+@dataclass(frozen=True)
+class _Rows:
+    """Some rows of a batch."""
+
+    logits: Tensor  # f32|bf16|f16[R, V], contiguous
+    slots: Tensor  # i64[R]
+    positions: Tensor  # i64[R]
+    params: SlotSampling
+
+    def of(self, name: str) -> Tensor:
+        """A parameter by row."""
+        parameter: Tensor = getattr(self.params, name)
+        return parameter.index_select(0, self.slots)
+
+    def take(self, rows: Tensor) -> "_Rows":
+        """The rows i64[N], ascending: copied, unless they are all there are."""
+        if rows.shape[0] == self.slots.shape[0]:
+            return self
+        slots, positions = self.slots.index_select(0, rows), self.positions.index_select(0, rows)
+        return _Rows(self.logits.index_select(0, rows), slots, positions, self.params)
+
+    def blocks(self) -> Iterator["_Rows"]:
+        """The same rows, a few at a time."""
+        few = max(1, _BLOCK_VALUES // self.params.vocab)
+        parts = (t.split(few) for t in (self.logits, self.slots, self.positions))
+        for logits, slots, positions in zip(*parts, strict=True):
+            yield _Rows(logits, slots, positions, self.params)
+
+    def edited(self) -> Tensor:
+        """Steps 1 to 5: the logits themselves if no row has an edit, else a copy f32[R, V]."""
+        wanted = self.of("has_bias") | self.of("has_penalties")
+        wanted |= self.positions < self.of("min_position")
+        if not wanted.any():
+            return self.logits
+        x = self.logits.to(torch.float32, copy=True)
+        for i_row in wanted.nonzero().squeeze(1).tolist():
+            edit_row(x[i_row], int(self.slots[i_row]), int(self.positions[i_row]), self.params)
+        return x
+
+    def scaled(self) -> Tensor:
+        """Steps 1 to 7, f32[R, V]."""
+        return self.edited().float() * (1.0 / self.of("temperature")).unsqueeze(1)
 
 
-# Each of the three: the batch and the rows i64[N] to sample -> (token ids i64[N], f32[N] whose
-# value is finite where the row is an ordinary one).
+# Each of the three samplers returns (token ids i64[R], f32[R] that is finite for ordinary rows).
 
 
-def _greedy(
-    logits: Tensor, rows: Tensor, slots: Tensor, positions: Tensor, params: SlotSampling
-) -> tuple[Tensor, Tensor]:
-    best, ids = argmax_rows(_edited(logits, rows, slots, positions, params))
+def _greedy(rows: _Rows) -> tuple[Tensor, Tensor]:
+    best, ids = argmax_rows(rows.edited())
     return ids, best.float()
 
 
-def _unfiltered(
-    logits: Tensor, rows: Tensor, slots: Tensor, positions: Tensor, params: SlotSampling
-) -> tuple[Tensor, Tensor]:
+def _unfiltered(rows: _Rows) -> tuple[Tensor, Tensor]:
     best, ids = [], []
-    for part, scaled in _scaled(logits, rows, slots, positions, params):
-        scores = gumbel_noise(params.seed[slots[part]], positions[part], logits.shape[1])
-        block_best, block_ids = argmax_rows(scores.add(scaled))
+    for block in rows.blocks():
+        scores = block.scaled()
+        scores += gumbel_noise(block.of("seed"), block.positions, scores.shape[1])
+        block_best, block_ids = argmax_rows(scores)
         best.append(block_best)
         ids.append(block_ids)
     return torch.cat(ids), torch.cat(best)
 
 
-def _filtered(
-    logits: Tensor, rows: Tensor, slots: Tensor, positions: Tensor, params: SlotSampling
-) -> tuple[Tensor, Tensor]:
-    best, totals, heads = [], [], []
-    for i_block, (part, scaled) in enumerate(_scaled(logits, rows, slots, positions, params)):
+def _filtered(rows: _Rows) -> tuple[Tensor, Tensor]:
+    """Per block, find the head of each row; then cut and draw for all rows together."""
+    bests, totals, heads = [], [], []
+    start = 0
+    for block in rows.blocks():
+        scaled = block.scaled()
         maxima = group_maxima(scaled)
-        best.append(maxima.amax(1))
-        total, bounds = _head_bounds(scaled, maxima, best[-1], slots[part], params)
-        totals.append(total)
+        best = maxima.amax(1)
+        total, bounds = _head_bounds(block, scaled, maxima, best)
         row, head_ids, values = at_least(scaled, maxima, bounds)
-        heads.append((row + i_block * _ROWS_AT_ONCE, head_ids, values))
-    best_of, total_of = torch.cat(best), torch.cat(totals)
-    ids = torch.zeros_like(rows)
-    for group, head in _split_by_width(rows.shape[0], heads):
-        at = rows[group]
+        bests.append(best)
+        totals.append(total)
+        heads.append((row + start, head_ids, values))
+        start += best.shape[0]
+    best, total = torch.cat(bests), torch.cat(totals)
+    ids = torch.zeros_like(rows.slots)
+    for group, head in _split_by_width(ids.shape[0], heads):
+        slots, positions = rows.slots[group], rows.positions[group]
+        of_group = _Rows(rows.logits, slots, positions, rows.params)
         table = sorted_rows(group.shape[0], *head)
-        ids[group] = _draw(
-            *table, best_of[group], total_of[group], slots[at], positions[at], params
-        )
-    return ids, best_of
+        ids[group] = _draw(of_group, *table, best[group], total[group])
+    return ids, best
+
+
+Head = tuple[Tensor, Tensor, Tensor]
+"""What `at_least` returns: row i64[N], id i64[N], value f32[N], by row, then id."""
 
 
 def _split_by_width(rows: int, heads: list[Head]) -> Iterator[tuple[Tensor, Head]]:
@@ -140,13 +183,13 @@ def _split_by_width(rows: int, heads: list[Head]) -> Iterator[tuple[Tensor, Head
 
 
 def _head_bounds(
-    scaled: Tensor, maxima: Tensor, best: Tensor, slots: Tensor, params: SlotSampling
+    rows: _Rows, scaled: Tensor, maxima: Tensor, best: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(total mass i64[R], bound f32[R]) of each row; no value below the bound survives a filter.
 
     The total is the row's own where top-p stands alone, else 0: then the head will tell it.
     """
-    top_k, top_p = params.top_k[slots].long(), params.top_p[slots]
+    top_k, top_p = rows.of("top_k").long(), rows.of("top_p")
     total = torch.zeros_like(top_k)
     bounds = torch.full_like(best, -torch.inf)
     if (top_k > 0).any():
@@ -155,7 +198,7 @@ def _head_bounds(
         total[i] = fixed_point_mass(scaled[i], best[i]).sum()
         bounds[i] = _top_p_bound(maxima[i], best[i], total[i], top_p[i], scaled.shape[1])
     # Where top-k and top-p both cut, top-p needs all of top-k's mass: no short cut for min-p then.
-    min_p_bounds = best + params.min_p[slots].log()
+    min_p_bounds = best + rows.of("min_p").log()
     return total, bounds.maximum(min_p_bounds.where((top_k == 0) | (top_p == 1), bounds))
 
 
@@ -174,17 +217,12 @@ def _top_p_bound(maxima: Tensor, best: Tensor, total: Tensor, top_p: Tensor, voc
     return best + spare.log().float() - _BOUND_SLACK
 
 
-def _draw(
-    values: Tensor,
-    ids: Tensor,
-    best: Tensor,
-    total: Tensor,
-    slots: Tensor,
-    positions: Tensor,
-    params: SlotSampling,
-) -> Tensor:
-    """Cut a table of candidates [R, C] in best-first order and draw one of each row: i64[R]."""
-    top_k, top_p = params.top_k[slots].long(), params.top_p[slots]
+def _draw(rows: _Rows, values: Tensor, ids: Tensor, best: Tensor, total: Tensor) -> Tensor:
+    """Steps 8 to 11 on a table of candidates [R, C], best first: the token of each row, i64[R].
+
+    `rows.logits` are not read.
+    """
+    top_k, top_p = rows.of("top_k").long(), rows.of("top_p")
     column = torch.arange(values.shape[1])
     kept = values > -torch.inf
     kept &= (column < top_k.unsqueeze(1)) | (top_k == 0).unsqueeze(1)
@@ -193,42 +231,16 @@ def _draw(
     before = masses.cumsum(1) - masses
     target = _top_p_target(top_p, total).unsqueeze(1)
     kept &= (before < target) | (top_p == 1).unsqueeze(1)
-    kept &= values >= (best + params.min_p[slots].log()).unsqueeze(1)
+    kept &= values >= (best + rows.of("min_p").log()).unsqueeze(1)
     width = max(1, int(kept.sum(1).max()))
     values, ids, kept = values[:, :width], ids[:, :width], kept[:, :width]
-    scores = values + gumbel_noise_at(params.seed[slots], positions, ids)
+    scores = values + gumbel_noise_at(rows.of("seed"), rows.positions, ids)
     scores.masked_fill_(~kept, -torch.inf)
     winners = scores == scores.amax(1, keepdim=True)
-    return ids.masked_fill(~winners, params.vocab).amin(1)  # the lowest id of equal scores
+    return ids.masked_fill(~winners, rows.params.vocab).amin(1)  # the lowest id of equal scores
 
 
 def _top_p_target(top_p: Tensor, total: Tensor) -> Tensor:
     """`sampling.top_p_target` of tensors: f32[...], i64[...] -> i64[...]."""
     target = (top_p.double() * total.double()).ceil().to(torch.int64)
     return target.minimum(total).clamp(min=1)
-
-
-def _scaled(
-    logits: Tensor, rows: Tensor, slots: Tensor, positions: Tensor, params: SlotSampling
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Blocks of the rows: (their indices i64[B], edited and tempered logits f32[B, V])."""
-    for part in rows.split(_ROWS_AT_ONCE):
-        edited = _edited(logits, part, slots, positions, params)
-        inverse = 1.0 / params.temperature[slots[part]]
-        yield part, edited.float() * inverse.unsqueeze(1)
-
-
-def _edited(
-    logits: Tensor, rows: Tensor, slots: Tensor, positions: Tensor, params: SlotSampling
-) -> Tensor:
-    """The given rows after all edits. The logits themselves if these are all of the rows and none
-    has an edit; a copy otherwise."""
-    all_rows = rows.shape[0] == logits.shape[0]
-    edits = params.has_bias | params.has_penalties
-    wanted = edits[slots[rows]] | (positions[rows] < params.min_position[slots[rows]])
-    if not wanted.any():
-        return logits if all_rows else logits[rows]
-    x = logits.to(torch.float32, copy=True) if all_rows else logits[rows].float()
-    for i in wanted.nonzero().squeeze(1).tolist():
-        edit_row(x[i], int(slots[rows[i]]), int(positions[rows[i]]), params)
-    return x

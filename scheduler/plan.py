@@ -42,7 +42,7 @@ class StepPlan:
 
     step: int
     released: list[int] = field(default_factory=list)  # slots whose request is gone
-    admitted: list[Request] = field(default_factory=list)  # new in their slot; `prefill` says from where
+    admitted: list[Request] = field(default_factory=list)  # `prefill` says where they start
     block_appends: list[tuple[int, int, int]] = field(default_factory=list)  # slot, index, block
     prefill: list[PrefillChunk] = field(default_factory=list)
     decode_leaves: list[int] = field(default_factory=list)  # slots

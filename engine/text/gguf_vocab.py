@@ -65,8 +65,8 @@ class GGUFVocab:
         value = self.metadata.get(key)
         if value is None:
             return None
-        if isinstance(value, bool) or not 0 <= int(value) < len(self.tokens):
-            raise ModelError(f"{key}: {value} is not in [0, {len(self.tokens)})")
+        if not isinstance(value, int) or not 0 <= value < len(self.tokens):
+            raise ModelError(f"{key}: {value!r} is not an id in [0, {len(self.tokens)})")
         return int(value)
 
     def flag(self, name: str, default: bool) -> bool:

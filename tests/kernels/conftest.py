@@ -1,11 +1,15 @@
-"""A paged batch for the attention tests, with the dense keys and values that it pages."""
+"""Cases that several test files share: a paged batch with the dense keys and values that it pages,
+and rows of logits of every kind with sampling parameters of every kind."""
 
+import math
 from dataclasses import dataclass
 
 import pytest
 import torch
-from millrace.kernels.attention import AttentionBatch
 from torch import Tensor
+
+from millrace.kernels.attention import AttentionBatch
+from millrace.kernels.slot_sampling import SlotSampling, SlotValues
 
 SPARE_SLOTS = 2
 SPARE_BLOCKS = 3
@@ -68,5 +72,74 @@ def attention_case():
         )
         q = torch.randn(sum(queries), heads, head_dim, generator=random).to(dtype)
         return AttentionCase(q, k_cache, v_cache, batch, dense, block_size)
+
+    return make
+
+
+@dataclass
+class SamplingCase:
+    logits: Tensor  # f32[R, V], R = 10: one row of each kind
+    slots: Tensor
+    positions: Tensor
+    params: SlotSampling
+
+
+def logit_rows(vocab, random):
+    """Ten kinds of rows: what models give, and what breaks selections."""
+    x = torch.randn(10, vocab, generator=random) * 2.5
+    x[1, torch.randint(vocab, (5,), generator=random)] += 25  # peaked
+    x[2] = (x[2] * 4).round() / 4  # many ties
+    x[3, torch.rand(vocab, generator=random) < 0.9] = -math.inf  # masked
+    x[4] = -math.inf  # three finite values
+    x[4, torch.randint(vocab, (3,), generator=random)] = 1.5
+    x[5] = 0.0  # flat
+    x[6] = -torch.rand(vocab, generator=random).clamp(min=1e-30).log().neg().log() * 2  # long tail
+    x[7] = x[7].bfloat16().float()  # a coarse grid
+    x[8] /= 0.05
+    x[9] /= 3.0
+    x[9, :2] = torch.tensor([0.0, -0.0])
+    return x
+
+
+@pytest.fixture
+def sampling_case():
+    """make(vocab, seed): each kind of row under parameters drawn from a mix of all of them."""
+
+    def make(vocab, seed, slots=24):
+        random = torch.Generator().manual_seed(seed)
+
+        def number(limit):
+            return int(torch.randint(limit, (), generator=random))
+
+        def pick(*choices):
+            return choices[number(len(choices))]
+
+        def ids(count):
+            return torch.randint(vocab, (count,), generator=random).tolist()
+
+        params = SlotSampling.zeros(slots, vocab)
+        for slot in range(slots):
+            values = SlotValues(
+                temperature=pick(0.0, 0.05, 0.7, 1.0, 3.0),
+                top_k=pick(0, 0, 1, 5, 50, vocab // 2, vocab),
+                top_p=pick(1.0, 1.0, 0.9, 0.5, 0.99, 1e-9),
+                min_p=pick(0.0, 0.0, 0.05, 0.5, 1.0),
+                repetition_penalty=pick(1.0, 1.0, 1.3),
+                presence_penalty=pick(0.0, 0.0, 0.5),
+                frequency_penalty=pick(0.0, 0.3),
+                seed=number(1 << 62) * pick(1, -1),
+                stop_ids=ids(3),
+                min_position=pick(0, 0, 100),
+                bias=pick({}, {}, dict(zip(ids(9), [5.0, -math.inf, -1.0] * 3, strict=True))),
+                prompt_ids=ids(40),
+                output_ids=ids(40),
+            )
+            params.write(slot, values)
+        return SamplingCase(
+            logits=logit_rows(vocab, random),
+            slots=torch.randperm(slots, generator=random)[:10],
+            positions=torch.randint(200, (10,), generator=random),
+            params=params,
+        )
 
     return make

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from millrace.kernels.activation import (
     gelu_tanh_mul,
     gelu_tanh_mul_reference,

@@ -8,9 +8,10 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
-from millrace.kernels import attention_triton as kernels  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
+
+from millrace.kernels import attention_triton as kernels  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     not isinstance(kernels._decode_kernel, triton.JITFunction), reason="TRITON_INTERPRET is on"
@@ -48,7 +49,22 @@ MERGE = {
 }
 
 
-def compile_kernel(kernel, signature, constants, target):
+def decode_constants(head_dim, group=4, window=0, softcap=False, block_m=16, tile=kernels.TILE):
+    return {
+        "GROUP": group,
+        "HEAD_DIM": head_dim,
+        "BLOCK_M": block_m,
+        "BLOCK_D": triton.next_power_of_2(head_dim),
+        "BLOCK_SIZE": 16,
+        "SPLIT": kernels.SPLIT,
+        "TILE": tile,
+        "WINDOW": window,
+        "SOFTCAP": softcap,
+        "UPCAST": False,
+    }
+
+
+def compile_kernel(kernel, signature, constants, target, num_warps=kernels.NUM_WARPS):
     names = kernel.arg_names
     types = {name: signature.get(name, "constexpr") for name in names}
     pointers = [i for i, name in enumerate(names) if types[name].startswith("*")]
@@ -58,14 +74,16 @@ def compile_kernel(kernel, signature, constants, target):
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(i,): [["tt.divisibility", 16]] for i in pointers},
     )
-    options = {"num_warps": kernels.NUM_WARPS, "num_stages": kernels.NUM_STAGES}
+    options = {"num_warps": num_warps, "num_stages": kernels.NUM_STAGES}
     return triton.compile(source, target=target, options=options)
 
 
 def spilled(compiled, tmp_path):
     """Registers or bytes that the compiler moved to memory; 0 is what we want."""
     if "amdgcn" in compiled.asm:
-        return sum(int(n) for n in re.findall(r"\.[vs]gpr_spill_count: +(\d+)", compiled.asm["amdgcn"]))
+        return sum(
+            int(n) for n in re.findall(r"\.[vs]gpr_spill_count: +(\d+)", compiled.asm["amdgcn"])
+        )
     ptx = tmp_path / "kernel.ptx"
     ptx.write_text(compiled.asm["ptx"])
     arch = re.search(r"\.target (\w+)", compiled.asm["ptx"])[1]
@@ -83,18 +101,7 @@ def spilled(compiled, tmp_path):
     ids=lambda value: str(value),
 )
 def test_decode_kernel_compiles_without_spills(head_dim, group, window, softcap, target, tmp_path):
-    constants = {
-        "GROUP": group,
-        "HEAD_DIM": head_dim,
-        "BLOCK_M": 16,
-        "BLOCK_D": triton.next_power_of_2(head_dim),
-        "BLOCK_SIZE": 16,
-        "SPLIT": kernels.SPLIT,
-        "TILE": kernels.TILE,
-        "WINDOW": window,
-        "SOFTCAP": softcap,
-        "UPCAST": False,
-    }
+    constants = decode_constants(head_dim, group, window, softcap)
     compiled = compile_kernel(kernels._decode_kernel, DECODE, constants, TARGETS[target])
     assert spilled(compiled, tmp_path) == 0
     assert compiled.metadata.shared <= SHARED_MEMORY_LIMIT[target]
@@ -105,3 +112,11 @@ def test_merge_kernel_compiles_without_spills(target, tmp_path):
     constants = {"HEAD_DIM": 128, "BLOCK_D": 128, "SPLIT": kernels.SPLIT, "WINDOW": 0}
     compiled = compile_kernel(kernels._merge_kernel, MERGE, constants, TARGETS[target])
     assert spilled(compiled, tmp_path) == 0
+
+
+def test_the_count_notices_a_tile_too_large_for_its_registers(tmp_path):
+    constants = decode_constants(64, block_m=64)
+    compiled = compile_kernel(
+        kernels._decode_kernel, DECODE, constants, TARGETS["sm_90"], num_warps=1
+    )
+    assert spilled(compiled, tmp_path) > 0

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from millrace.kernels.attention import paged_attention_reference, prepare_attention
 from millrace.kernels.attention_cpu import (
     MAX_GROUP_SCORES,
@@ -65,7 +66,9 @@ def test_soft_cap(attention_case, window, dtype):
     assert_is_defined_attention(attention_case(*MIXED, dtype=dtype), window, softcap=2.0)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     decodes=st.lists(st.integers(1, 200), max_size=6),
     prefills=st.lists(st.tuples(st.integers(1, 70), st.integers(0, 90)), max_size=3),

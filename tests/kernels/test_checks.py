@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from millrace.kernels.checks import expect, expect_contiguous
 
 

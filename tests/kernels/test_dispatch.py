@@ -4,6 +4,7 @@ from dataclasses import fields
 
 import pytest
 import torch
+
 from millrace.kernels import dispatch
 from millrace.kernels.dispatch import operations
 

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from millrace.kernels.kv_append import kv_append, kv_append_reference, rope_table
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+
+from millrace.kernels.kv_append import kv_append, kv_append_reference, rope_table
 
 BLOCKS, BLOCK_SIZE = 7, 16
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -69,7 +70,9 @@ def test_query_and_cache_rows_are_those_of_transformers(form, norm, dtype):
     assert rows["k_cache"][untouched].isnan().all() and rows["v_cache"][untouched].isnan().all()
 
 
-@pytest.mark.parametrize("heads,kv_heads,head_dim", [(1, 1, 2), (9, 3, 64), (4, 4, 80), (8, 1, 128)])
+@pytest.mark.parametrize(
+    "heads,kv_heads,head_dim", [(1, 1, 2), (9, 3, 64), (4, 4, 80), (8, 1, 128)]
+)
 @pytest.mark.parametrize("num_tokens", [1, 63])
 def test_fast_form_agrees_with_the_definition(num_tokens, heads, kv_heads, head_dim):
     fast = case(num_tokens, heads, kv_heads, head_dim, torch.bfloat16)

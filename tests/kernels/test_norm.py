@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
 from millrace.kernels.norm import (
     add_rms_norm,
     add_rms_norm_reference,
     rms_norm,
     rms_norm_reference,
 )
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
-from millrace.kernels.rope import RopeScaling, rope_frequencies, rope_table
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from millrace.kernels.rope import RopeScaling, rope_frequencies, rope_table
 
 LLAMA3 = {
     "factor": 32.0,

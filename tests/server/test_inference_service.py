@@ -7,7 +7,6 @@ from typing import Any
 import grpc
 import pytest
 
-from millrace.engine.core.messages import StepStats
 from millrace.engine.server import convert
 from millrace.v1 import inference_pb2 as pb
 
@@ -396,7 +395,7 @@ def test_a_score_has_a_logprob_for_all_tokens_but_the_first(served: Any) -> None
     ("request_", "field"),
     [
         (pb.ScoreRequest(prompt=pb.Prompt(token_ids=pb.TokenIds(ids=[65]))), "prompt"),
-        (pb.ScoreRequest(prompt=pb.Prompt(text="ab"), top_logprobs=21), "prompt_logprobs"),
+        (pb.ScoreRequest(prompt=pb.Prompt(text="ab"), top_logprobs=21), "top_logprobs"),
         (pb.ScoreRequest(), "prompt"),
     ],
     ids=["one token", "too many alternatives", "no prompt"],
@@ -411,7 +410,3 @@ def test_the_model_is_described(served: Any) -> None:
     assert (model.vocab_size, model.max_context) == (VOCAB_SIZE, MAX_CONTEXT)
     assert list(model.eos_token_ids) == [EOS] and model.has_chat_template
     assert model.architecture == "FakeForCausalLM" and model.version
-
-
-def test_stats_are_of_the_newest_step(served: Any) -> None:
-    assert isinstance(served.server.engine().stats, StepStats)

@@ -1,3 +1,4 @@
+# ruff: noqa: RUF001 - look-alike characters are the point here
 """Texts and vocabularies that the tests of engine/text share."""
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def spm_metadata(spm_reference: SentencePieceProcessor) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def trained() -> Callable[[], Tokenizer]:
-    """Makes copies of a small byte-level BPE with control tokens <s> and </s> and a plain <tool>."""
+    """Makes copies of a small byte-level BPE with control tokens <s>, </s> and a plain <tool>."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -13,6 +13,8 @@ from tokenizers import pre_tokenizers
 
 from millrace.engine.errors import ModelError, UnsupportedModel
 from millrace.engine.text.gguf_vocab import tokenizer_from_gguf
+from millrace.engine.text.pieces import byte_level_piece
+from millrace.engine.text.pretokenizers import find_pre_tokenizer
 from millrace.engine.text.tokenizer import Tokenizer, load_tokenizer
 from millrace.engine.weights.locate import ModelLocation, resolve
 
@@ -73,40 +75,30 @@ def test_byte_level_ids_equal_the_original(
 @pytest.mark.parametrize(
     ("pre", "words"),
     [
-        ("gpt-2", ["It", "'s", " 1234", "\n ", " x", "É"]),
-        ("smollm", ["It", "'s", " ", "1", "2", "3", "4", "\n ", " x", "É"]),
-        ("llama-bpe", ["It", "'s", " ", "123", "4", "\n", " ", " x", "É"]),
-        ("qwen2", ["It", "'s", " ", "1", "2", "3", "4", "\n", " ", " x", "É"]),
-        ("tekken", ["It", "'s", " ", "1", "2", "3", "4", "\n", " ", " x", "É"]),
-        ("gpt-4o", ["It's", " ", "123", "4", "\n", " ", " x", "É"]),
+        ("gpt-2", ["It", "'s", " 1234", "\n ", " x", " ÉA", "/", "B", "."]),
+        ("smollm", ["It", "'s", " ", "1", "2", "3", "4", "\n ", " x", " ÉA", "/", "B", "."]),
+        ("llama-bpe", ["It", "'s", " ", "123", "4", "\n", " ", " x", " ÉA", "/B", "."]),
+        ("qwen2", ["It", "'s", " ", "1", "2", "3", "4", "\n", " ", " x", " ÉA", "/B", "."]),
+        ("tekken", ["It", "'s", " ", "1", "2", "3", "4", "\n", " ", " x", " ÉA", "/B", "."]),
+        ("gpt-4o", ["It's", " ", "123", "4", "\n", " ", " x", " ÉA", "/B", "."]),
     ],
 )
-def test_pre_tokenizer_cuts_words(bpe_metadata: dict[str, Any], pre: str, words: list[str]) -> None:
-    alphabet = bpe_metadata["tokenizer.ggml.tokens"][2:258]
-    metadata = bpe_metadata | _words_as_tokens(alphabet, words) | {"tokenizer.ggml.pre": pre}
-    tokenizer = tokenizer_from_gguf(metadata | {"tokenizer.ggml.add_bos_token": False})
-    ids = tokenizer.encode("".join(words))
-    assert [tokenizer.decode([i]) for i in ids] == words
+def test_pre_tokenizer_cuts_words(pre: str, words: list[str]) -> None:
+    cut = find_pre_tokenizer(pre).splitter().pre_tokenize_str("".join(words))
+    assert [byte_level_piece(spelling).decode() for spelling, _ in cut] == words
 
 
-def _words_as_tokens(alphabet: list[str], words: list[str]) -> dict[str, Any]:
-    """A vocabulary in which everything merges, from the left, as far as a word goes."""
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokens, merges = dict.fromkeys(alphabet), []
-    spelled = byte_level.pre_tokenize_str("".join(words))[0][0]
-    for start in range(len(spelled)):
-        for end in range(start + 2, len(spelled) + 1):
-            tokens[spelled[start:end]] = None
-    for token in sorted(tokens, key=len):
-        if len(token) > 1:
-            merges.append(f"{token[:-1]} {token[-1]}")
-    return {
-        "tokenizer.ggml.tokens": list(tokens),
-        "tokenizer.ggml.token_type": [1] * len(tokens),
-        "tokenizer.ggml.merges": merges,
-        "tokenizer.ggml.eos_token_id": None,
-        "tokenizer.ggml.bos_token_id": None,
+def test_whole_words_are_tokens_whatever_the_merges(bpe_metadata: dict[str, Any]) -> None:
+    tokens, types = (bpe_metadata[f"tokenizer.ggml.{k}"] for k in ("tokens", "token_type"))
+    metadata = bpe_metadata | {
+        "tokenizer.ggml.tokens": [*tokens, "qzqz"],
+        "tokenizer.ggml.token_type": [*types, 1],
+        "tokenizer.ggml.add_bos_token": False,
     }
+    llama3 = tokenizer_from_gguf(metadata | {"tokenizer.ggml.pre": "llama-bpe"})
+    merged = tokenizer_from_gguf(metadata | {"tokenizer.ggml.pre": "smaug-bpe"})
+    assert llama3.encode("qzqz") == [len(tokens)]
+    assert len(merged.encode("qzqz")) == 4
 
 
 def test_qwen2_normalizes_to_form_c(bpe_metadata: dict[str, Any]) -> None:
@@ -145,7 +137,6 @@ def test_turn_ends_are_eos(bpe_metadata: dict[str, Any]) -> None:
         ("tokens", "abc"),
         ("tokens", []),
         ("tokens", [1, 2]),
-        ("tokens", ["a", "a"]),
         ("token_type", [1]),
         ("token_type", [99] * 601),
         ("merges", None),
@@ -188,6 +179,13 @@ def test_incomplete_byte_pieces_are_refused(spm_metadata: dict[str, Any]) -> Non
     types[types.index(6)] = 1
     with pytest.raises(ModelError, match="not a sentencepiece model"):
         tokenizer_from_gguf(spm_metadata | {"tokenizer.ggml.token_type": types})
+
+
+def test_duplicate_token_is_refused_by_name(bpe_metadata: dict[str, Any]) -> None:
+    tokens = list(bpe_metadata["tokenizer.ggml.tokens"])
+    tokens[7] = tokens[6]
+    with pytest.raises(ModelError, match="occurs twice"):
+        tokenizer_from_gguf(bpe_metadata | {"tokenizer.ggml.tokens": tokens})
 
 
 def test_unknown_kinds_are_named(bpe_metadata: dict[str, Any]) -> None:

@@ -47,13 +47,9 @@ def test_any_split_equals_a_search_of_the_whole(
 def test_holds_back_exactly_what_may_begin_a_stop(stops: list[str], text: str) -> None:
     released, stop = StopMatcher(stops).push(text)
     if stop is None:
-        held = len(text) - len(released)
-        starts = [
-            n
-            for n in range(len(text) + 1)
-            if any(s.startswith(text[len(text) - n :]) for s in stops)
-        ]
-        assert held == max(starts, default=0)
+        suffixes = [text[start:] for start in range(len(text) + 1)]
+        possible = [s for s in suffixes if any(stop.startswith(s) for stop in stops)]
+        assert text[len(released) :] == max(possible, key=len, default="")
 
 
 def test_a_stop_may_span_many_deltas() -> None:

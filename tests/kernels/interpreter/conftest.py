@@ -1,6 +1,6 @@
 """Tests here run Triton kernels in its interpreter, which must be on before triton is imported.
 
-    TRITON_INTERPRET=1 python -m pytest tests/kernels/interpreter
+TRITON_INTERPRET=1 python -m pytest tests/kernels/interpreter
 """
 
 import os

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from millrace.kernels.attention import paged_attention_reference, prepare_attention
 from millrace.kernels.attention_triton import SPLIT, paged_attention
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from millrace.scheduler.request import Finish
 from tests.scheduler.sim.world import World, simulate
 
-SEEDS, BATCH = 400, 40
+SEEDS, BATCH = 300, 30
 SLOW_SEEDS, SLOW_BATCH = 20_000, 1000
 SMALL = 5  # requests, where hypothesis shrinks a world
 REPLAYED = os.environ.get("SIM_SEED")

@@ -71,9 +71,7 @@ class World:
             self.in_flight.append(result)
             self.trace.append((plan.step, plan.num_tokens, plan.num_decodes, *plan.block_appends))
         elif not self.in_flight:
-            assert not self.scheduler.requests, (
-                "requests live, but nothing runs and none is planned"
-            )
+            assert not self.scheduler.requests, "requests live, but nothing runs or is planned"
         judge(self.scheduler, self.runner, before, plan)
         return plan is not None
 

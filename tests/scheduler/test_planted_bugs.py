@@ -1,0 +1,150 @@
+"""A suite that can't fail proves nothing: each of these bugs must be caught by the simulation.
+
+They were seen, or nearly, in other engines' schedulers. A bug is a small change to one method's
+source. When a method is rewritten, `plant` fails until the bug is planted anew.
+"""
+
+import __future__
+
+import inspect
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+
+from millrace.scheduler.block_pool import BlockPool
+from millrace.scheduler.policy import FirstComeFirstServed
+from millrace.scheduler.prefix_cache import PrefixCache
+from millrace.scheduler.request_heap import RequestHeap
+from millrace.scheduler.scheduler import Scheduler
+from tests.scheduler.sim.world import simulate
+
+MAX_SEEDS = 300  # as many as an ordinary run of the simulation goes through
+
+
+@dataclass(frozen=True)
+class Bug:
+    owner: type
+    method: str
+    changes: dict[str, str]  # from what, each found once, to what
+
+
+BUGS = {
+    # Blocks
+    "a block is asked for one token late": Bug(
+        Scheduler, "_plan_decodes", {"limits.block_size == 0": "limits.block_size == 1"}
+    ),
+    "slot and blocks are freed while a step with them is in flight": Bug(
+        Scheduler, "_leave_slot", {"if last_step > self._applied:": "if False:"}
+    ),
+    "hits are shared after other blocks were taken, which evicts them": Bug(
+        Scheduler,
+        "_place",
+        {
+            "self.pool.share(hits)": "pass",
+            "request.slot = self": "self.pool.share(hits)\n        request.slot = self",
+        },
+    ),
+    "hits that are idle are counted as blocks to be had": Bug(
+        Scheduler, "_place", {"self.pool.num_available - idle_hits": "self.pool.num_available"}
+    ),
+    "blocks are given back head first": Bug(BlockPool, "give_back", {"reversed(blocks)": "blocks"}),
+    "a shared block is freed by its first owner": Bug(
+        BlockPool, "give_back", {"if self.refs[block] == 0 and": "if"}
+    ),
+    # Prefix cache
+    "a prompt that is cached whole leaves nothing to compute": Bug(
+        Scheduler, "_cached_prefix", {"known[: len(known) - 1]": "known"}
+    ),
+    "blocks not computed yet are cached": Bug(
+        Scheduler, "_remember", {"min(request.num_computed, request.num_known)": "None"}
+    ),
+    "a chain goes on behind another's block": Bug(
+        PrefixCache,
+        "insert",
+        {"block != blocks[index]:\n            return": "block != blocks[index]:\n            pass"},
+    ),
+    "prefixes match whatever comes before them": Bug(
+        PrefixCache, "match", {"node = child\n": "pass\n"}
+    ),
+    "KV of lost steps is trusted": Bug(Scheduler, "abandon", {"self.pool.flush()": "pass"}),
+    "tokens computed again count as hits": Bug(
+        Scheduler, "_place", {"if request.num_preemptions == 0:": "if True:"}
+    ),
+    # Preemption
+    "a preempted request forgets what it said": Bug(
+        Scheduler,
+        "_preempt",
+        {"self._leave_slot(request)": "request.outputs.clear()\n    self._leave_slot(request)"},
+    ),
+    "coming blocks are ignored, and the whole batch is preempted": Bug(
+        Scheduler, "_grow", {"self._coming_blocks > num_stalled": "False"}
+    ),
+    "the oldest yields": Bug(FirstComeFirstServed, "victim", {"max(": "min("}),
+    "new requests take what the preempted gave up": Bug(
+        Scheduler, "schedule", {"if self.counters.preemptions == preemptions:": "if True:"}
+    ),
+    "a preempted slot keeps the block it was to get": Bug(
+        Scheduler, "_plan_decodes", {"if decodes[row[0]]": ""}
+    ),
+    # Ends
+    "a request that has ended goes on drawing": Bug(
+        Scheduler, "apply", {"if request.finish is not None:": "if False:"}
+    ),
+    "a request is planned past its last token": Bug(
+        Scheduler, "_prefilled", {"request.max_length - 1": "request.max_length"}
+    ),
+    "an ended request stays in the decoding set": Bug(
+        Scheduler, "schedule", {"self._planned_decodes[plan.decode_leaves] = False": "pass"}
+    ),
+    "a cancelled leader leaves its followers behind": Bug(
+        Scheduler, "finish", {"self._free_followers(request)": "pass"}
+    ),
+    "a cancelled request is still counted as waiting": Bug(
+        Scheduler, "finish", {"self._count_waiting(request, -1)": "pass"}
+    ),
+    "a request that failed is only passed over": Bug(
+        Scheduler, "apply", {"self.finish(request.id, Finish.ERROR, now_s, error=error)": "pass"}
+    ),
+    # Order and budget
+    "decodes are not taken from the budget": Bug(
+        Scheduler, "schedule", {"max_step_tokens - plan.num_decodes": "max_step_tokens"}
+    ),
+    "the last to come is served first": Bug(
+        FirstComeFirstServed, "push", {"request.arrival,": "-request.arrival,"}
+    ),
+    "the ended at the head of a queue are handed out": Bug(
+        RequestHeap, "head", {"self._entries[0][2].finish is not None": "False"}
+    ),
+}
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, bug: Bug) -> None:
+    """Compile the method's source with its changes, and put it in the method's place."""
+    method: Callable[..., object] = getattr(bug.owner, bug.method)
+    source = textwrap.dedent(inspect.getsource(method))
+    for old, new in bug.changes.items():
+        assert source.count(old) == 1, f"{bug.method} has changed: plant {old!r} anew"
+        source = source.replace(old, new)
+    code = compile(source, bug.method, "exec", __future__.annotations.compiler_flag)
+    namespace: dict[str, Callable[..., object]] = {}
+    exec(code, method.__globals__, namespace)
+    monkeypatch.setattr(bug.owner, bug.method, namespace[bug.method])
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_the_simulation_catches(name, monkeypatch):
+    plant(monkeypatch, BUGS[name])
+    with pytest.raises((AssertionError, LookupError)):
+        for seed in range(MAX_SEEDS):
+            simulate(seed)
+
+
+def test_a_change_that_is_none_is_not_caught(monkeypatch):
+    """So it is the bugs that are caught, not the planting."""
+    for bug in BUGS.values():
+        with monkeypatch.context() as patch:
+            plant(patch, Bug(bug.owner, bug.method, {old: old for old in bug.changes}))
+            for seed in range(3):
+                simulate(seed)
