@@ -37,7 +37,8 @@ class CallFailed(Exception):
 
 def of_rpc(error: Any) -> CallFailed:
     """Return the error of a failed call: a grpc.Call, or a grpc.aio.AioRpcError."""
-    trailers = dict(error.trailing_metadata() or ())
+    # Iterated, as a sequence of pairs: grpc.aio.Metadata also has keys(), which differ by version.
+    trailers = dict(iter(error.trailing_metadata() or ()))
     pushback_ms = trailers.get("grpc-retry-pushback-ms")
     return CallFailed(
         error.code(),

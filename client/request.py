@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from google.protobuf.message import Message
 
@@ -48,7 +48,7 @@ class Options(TypedDict, total=False):
 
 
 def generate_request(
-    prompt: str | Sequence[int] | Iterable[ChatTurn], options: Options
+    prompt: str | Iterable[int] | Iterable[ChatTurn], options: Options
 ) -> pb.GenerateRequest:
     """Return the request for a text, for token ids, or for (role, content) messages.
 
@@ -67,17 +67,25 @@ def generate_request(
     )
 
 
-def _prompt(prompt: str | Sequence[int] | Iterable[ChatTurn]) -> pb.Prompt:
+def _prompt(prompt: str | Iterable[int] | Iterable[ChatTurn]) -> pb.Prompt:
     if isinstance(prompt, str):
         return pb.Prompt(text=prompt)
-    parts = list(prompt)
-    if parts and isinstance(parts[0], int):
-        return pb.Prompt(token_ids=pb.TokenIds(ids=parts))
-    messages = [pb.ChatMessage(role=role, content=content) for role, content in parts]
-    return pb.Prompt(messages=pb.ChatMessages(messages=messages))
+    ids: list[int] = []
+    messages: list[pb.ChatMessage] = []
+    for part in prompt:
+        if isinstance(part, int):
+            ids.append(part)
+        else:
+            role, content = part
+            messages.append(pb.ChatMessage(role=role, content=content))
+    if ids and messages:
+        raise TypeError("a prompt is a text, token ids or messages, not a mixture")
+    if messages:
+        return pb.Prompt(messages=pb.ChatMessages(messages=messages))
+    return pb.Prompt(token_ids=pb.TokenIds(ids=ids))
 
 
-def _of(kind: type[Message], options: Options) -> dict[str, object]:
+def _of(kind: type[Message], options: Options) -> dict[str, Any]:
     """The options that are fields of one message."""
     fields = kind.DESCRIPTOR.fields_by_name
     return {name: value for name, value in options.items() if name in fields}

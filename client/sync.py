@@ -25,8 +25,8 @@ class Client:
     ) -> None:
         """`target` is host:port, without TLS; pass a `channel` for anything else."""
         self._channel = channel or grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
-        self.inference = InferenceStub(self._channel)
-        self.admin = AdminStub(self._channel)
+        self.inference = InferenceStub(self._channel)  # type: ignore[no-untyped-call]
+        self.admin = AdminStub(self._channel)  # type: ignore[no-untyped-call]
 
     def generate(self, prompt: str | Sequence[int], **options: Unpack[Options]) -> Stream:
         """Start generating from text or token ids; iterate over the result for the new text."""

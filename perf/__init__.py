@@ -1,0 +1,1 @@
+"""Measurements: a load generator, the benchmark behind `millrace bench`, and the demo."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 from grpc.aio import ServicerContext
 
@@ -28,18 +29,20 @@ class AdminService(AdminServicer):
         self._drain = drain
         self._drain_timeout_s = drain_timeout_s
 
-    async def Drain(self, request: pb.DrainRequest, context: ServicerContext) -> pb.DrainResponse:
+    async def Drain(
+        self, request: pb.DrainRequest, context: ServicerContext[Any, Any]
+    ) -> pb.DrainResponse:
         timeout_s = convert.drain_timeout_s(request, self._drain_timeout_s)
         return pb.DrainResponse(unfinished=await self._drain(timeout_s))
 
     async def GetLoad(
-        self, request: pb.GetLoadRequest, context: ServicerContext
+        self, request: pb.GetLoadRequest, context: ServicerContext[Any, Any]
     ) -> pb.GetLoadResponse:
         engine = self._engine()
         draining = engine.status != "serving"
         return convert.load_response(engine.stats, engine.model, draining)
 
     async def FlushCache(
-        self, request: pb.FlushCacheRequest, context: ServicerContext
+        self, request: pb.FlushCacheRequest, context: ServicerContext[Any, Any]
     ) -> pb.FlushCacheResponse:
         return pb.FlushCacheResponse(blocks=await self._engine().flush_cache())

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
+from typing import Any
 
 from grpc.aio import ServicerContext
 
@@ -35,7 +36,7 @@ class Connection:
         self,
         engine: AsyncEngine,
         requests: AsyncIterator[pb.ConnectRequest],
-        context: ServicerContext,
+        context: ServicerContext[Any, Any],
     ) -> None:
         self._engine = engine
         self._requests = requests

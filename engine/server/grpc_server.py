@@ -137,8 +137,8 @@ class Server:
         )
         inference = InferenceService(self.engine)
         admin = AdminService(self.engine, self.drain, config.drain_timeout_s)
-        add_InferenceServicer_to_server(inference, self._grpc)
-        add_AdminServicer_to_server(admin, self._grpc)
+        add_InferenceServicer_to_server(inference, self._grpc)  # type: ignore[no-untyped-call]
+        add_AdminServicer_to_server(admin, self._grpc)  # type: ignore[no-untyped-call]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         names = (INFERENCE, ADMIN, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._grpc)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Set
 from contextlib import aclosing
 from importlib.metadata import version
+from typing import Any
 
 from grpc.aio import ServicerContext
 
@@ -34,7 +35,9 @@ class InferenceService(InferenceServicer):
         self._engine = engine
         self._text = TextCalls(engine)
 
-    async def Generate(self, request: pb.GenerateRequest, context: ServicerContext) -> None:
+    async def Generate(
+        self, request: pb.GenerateRequest, context: ServicerContext[Any, Any]
+    ) -> None:
         """Stream one request: a message for each step that has something to say."""
         request_id = convert.given_or_new_id(request.request_id)
         wanted = convert.generation_request(request, request_id, context.time_remaining())
@@ -46,22 +49,24 @@ class InferenceService(InferenceServicer):
         await _end(finishes, context)
 
     async def Connect(
-        self, requests: AsyncIterator[pb.ConnectRequest], context: ServicerContext
+        self, requests: AsyncIterator[pb.ConnectRequest], context: ServicerContext[Any, Any]
     ) -> None:
         """Serve many requests on one stream."""
         await Connection(self._engine(), requests, context).run()
 
     async def Tokenize(
-        self, request: pb.TokenizeRequest, context: ServicerContext
+        self, request: pb.TokenizeRequest, context: ServicerContext[Any, Any]
     ) -> pb.TokenizeResponse:
         return await self._text.tokenize(request)
 
     async def Detokenize(
-        self, request: pb.DetokenizeRequest, context: ServicerContext
+        self, request: pb.DetokenizeRequest, context: ServicerContext[Any, Any]
     ) -> pb.DetokenizeResponse:
         return await self._text.detokenize(request)
 
-    async def Score(self, request: pb.ScoreRequest, context: ServicerContext) -> pb.ScoreResponse:
+    async def Score(
+        self, request: pb.ScoreRequest, context: ServicerContext[Any, Any]
+    ) -> pb.ScoreResponse:
         """Answer with the log-probabilities of the prompt's tokens."""
         request_id = convert.given_or_new_id("")
         wanted = convert.score_request(request, request_id, context.time_remaining())
@@ -81,7 +86,7 @@ class InferenceService(InferenceServicer):
         return convert.score_response(tokens, num_prompt_tokens)
 
     async def GetModel(
-        self, request: pb.GetModelRequest, context: ServicerContext
+        self, request: pb.GetModelRequest, context: ServicerContext[Any, Any]
     ) -> pb.GetModelResponse:
         engine = self._engine()
         return convert.model_response(
@@ -92,7 +97,7 @@ class InferenceService(InferenceServicer):
         )
 
     async def _outputs(
-        self, wanted: GenerationRequest, context: ServicerContext
+        self, wanted: GenerationRequest, context: ServicerContext[Any, Any]
     ) -> AsyncGenerator[RequestOutput, None]:
         """Submit a lone request and yield its outputs; raises its error after what it had.
 
@@ -116,7 +121,7 @@ class InferenceService(InferenceServicer):
             outbox.close()
 
 
-async def _end(finishes: Set[FinishReason], context: ServicerContext) -> None:
+async def _end(finishes: Set[FinishReason], context: ServicerContext[Any, Any]) -> None:
     """Abort a call whose request was cut short; what it had has been sent."""
     for finish, status in FINISH_STATUS.items():
         if finish in finishes:

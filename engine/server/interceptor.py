@@ -23,9 +23,11 @@ _PREFIX = "/millrace."  # health and reflection end their own calls
 _log = logging.getLogger(__name__)
 
 OnCall = Callable[[str, str], None]  # short method name, name of the status
+Handler = Any  # grpc.RpcMethodHandler, whose types know of synchronous methods only
+Behaviour = Callable[[Any, ServicerContext[Any, Any]], Awaitable[Any]]
 
 
-class ErrorInterceptor(ServerInterceptor):  # type: ignore[misc]
+class ErrorInterceptor(ServerInterceptor):
     """Wraps every method of Millrace's services; tells `on_call` how each call ended."""
 
     def __init__(self, on_call: OnCall) -> None:
@@ -33,9 +35,9 @@ class ErrorInterceptor(ServerInterceptor):  # type: ignore[misc]
 
     async def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler | None]],
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler | None:
+    ) -> Handler:
         handler = await continuation(handler_call_details)
         method: str = handler_call_details.method
         if handler is None or not method.startswith(_PREFIX):
@@ -60,11 +62,11 @@ class ErrorInterceptor(ServerInterceptor):  # type: ignore[misc]
     def _guard(
         self,
         name: str,
-        behaviour: Callable[[Any, ServicerContext], Awaitable[Any]],
+        behaviour: Behaviour,
         parse: Callable[[Any, Callable[[bytes], Any]], Any],
-        handler: grpc.RpcMethodHandler,
-    ) -> Callable[[Any, ServicerContext], Awaitable[Any]]:
-        async def guarded(raw: Any, context: ServicerContext) -> Any:
+        handler: Handler,
+    ) -> Behaviour:
+        async def guarded(raw: Any, context: ServicerContext[Any, Any]) -> Any:
             try:
                 response = await behaviour(parse(raw, handler.request_deserializer), context)
             except AbortError:
@@ -81,7 +83,7 @@ class ErrorInterceptor(ServerInterceptor):  # type: ignore[misc]
 
         return guarded
 
-    async def _end(self, name: str, error: Exception, context: ServicerContext) -> None:
+    async def _end(self, name: str, error: Exception, context: ServicerContext[Any, Any]) -> None:
         known = tuple(context.trailing_metadata() or ())
         status = status_of(error) if isinstance(error, MillraceError) else INTERNAL
         request_id = dict(known).get(REQUEST_ID_KEY, "-")  # safe to log: it is metadata

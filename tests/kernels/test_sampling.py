@@ -181,6 +181,8 @@ def test_of_tied_tokens_the_lowest_ids_are_kept(sample):
     assert kept_tokens(flat, 50, 1.0, torch.tensor(0.0)).tolist() == list(range(50))
     assert kept_tokens(flat, 0, 0.1, torch.tensor(0.0)).tolist() == list(range(30))
     assert set(draw_many(sample, flat, 400, temperature=1.0, top_k=3).tolist()) == {0, 1, 2}
+    four = torch.zeros(4)  # two of them weigh exactly a half: the third is not needed
+    assert set(draw_many(sample, four, 400, temperature=1.0, top_p=0.5).tolist()) == {0, 1}
     assert sample_row(sample, flat) == (0, True)
     signed = torch.tensor([-1.0, -0.0, 0.0])
     assert sample_row(sample, signed) == (1, True)

@@ -43,7 +43,7 @@ BUGS = {
         "_place",
         {
             "self.pool.share(hits)": "pass",
-            "request.slot = self": "self.pool.share(hits)\n        request.slot = self",
+            "request.slot = self": "self.pool.share(hits); request.slot = self",
         },
     ),
     "hits that are idle are counted as blocks to be had": Bug(
@@ -63,7 +63,7 @@ BUGS = {
     "a chain goes on behind another's block": Bug(
         PrefixCache,
         "insert",
-        {"block != blocks[index]:\n            return": "block != blocks[index]:\n            pass"},
+        {"            return": "            pass"},
     ),
     "prefixes match whatever comes before them": Bug(
         PrefixCache, "match", {"node = child\n": "pass\n"}
@@ -146,5 +146,5 @@ def test_a_change_that_is_none_is_not_caught(monkeypatch):
     for bug in BUGS.values():
         with monkeypatch.context() as patch:
             plant(patch, Bug(bug.owner, bug.method, {old: old for old in bug.changes}))
-            for seed in range(3):
+            for seed in range(2):
                 simulate(seed)

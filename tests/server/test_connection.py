@@ -182,7 +182,7 @@ def test_a_cancel_ends_its_request_with_what_it_had(served: Any) -> None:
 def test_a_cancel_right_behind_its_submit_finds_it(served: Any) -> None:
     with talk_to(served) as talk:
         for i in range(20):  # still being tokenized, most likely
-            talk.submit(f"r{i}", "x" * 10_000 + str(i), max_tokens=1000)
+            talk.submit(f"r{i}", "x" * 2000 + str(i), max_tokens=1000)
             talk.cancel(f"r{i}")
         talk.half_close()
         results = talk.rest()

@@ -252,7 +252,10 @@ def test_a_second_signal_does_not_wait(byte_model: Path) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
             await asyncio.sleep(0.1)
             os.kill(os.getpid(), signal.SIGTERM)
-            codes.append(await call.code())
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                while await call.read() is not grpc.aio.EOF:
+                    pass
+            codes.append(caught.value.code())
 
     began_s = time.monotonic()
     options = ("--step-s", "0.005")
@@ -271,7 +274,10 @@ def test_the_cores_death_ends_the_server_with_an_error(byte_model: Path) -> None
                 request_serializer=pb.GenerateRequest.SerializeToString,
                 response_deserializer=pb.GenerateResponse.FromString,
             )
-            codes.append(await generate(long_request()).code())
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                async for _ in generate(long_request()):
+                    pass
+            codes.append(caught.value.code())
 
     code, _ = asyncio.run(served_until(byte_model, use, "--die-at", "5"))
     assert code != 0 and codes == [CODE.UNAVAILABLE]

@@ -10,10 +10,12 @@ from typing import Any
 
 import mistral_common
 import pytest
+import transformers
 from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from millrace.engine.text.spm_model import PieceType
+from millrace.engine.weights.locate import ModelLocation, resolve
 
 SPM_MODELS = ("tokenizer.model.v1", "mistral_instruct_tokenizer_240323.model.v3")
 TEXTS = (
@@ -120,3 +122,21 @@ def bpe_metadata(trained: Callable[[], Tokenizer]) -> dict[str, Any]:
         "tokenizer.ggml.bos_token_id": ids["<s>"],
         "tokenizer.ggml.eos_token_id": ids["</s>"],
     }
+
+
+@pytest.fixture(scope="session")
+def builtin_location() -> ModelLocation:
+    return resolve(None)
+
+
+@pytest.fixture(scope="session")
+def builtin_reference(builtin_location: ModelLocation) -> Any:
+    """The built-in model's tokenizer in transformers."""
+    path = builtin_location.path
+    reference = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    # transformers 5.23 doesn't know "smollm" and splits as GPT-2 does. This is the pre-tokenizer in
+    # the tokenizer.json of HuggingFaceTB/SmolLM2-135M-Instruct.
+    reference.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    return reference

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import transformers
 
 from millrace.engine.errors import TemplateError
 from millrace.engine.text.chat import (
@@ -17,7 +16,7 @@ from millrace.engine.text.chat import (
     chat_template_from_gguf,
     load_chat_template,
 )
-from millrace.engine.weights.locate import resolve
+from millrace.engine.weights.locate import ModelLocation
 
 HI = [Message("user", "hi")]
 
@@ -87,17 +86,15 @@ def test_gguf_metadata_has_template_and_tokens() -> None:
 
 
 @pytest.mark.model
-def test_builtin_renders_as_transformers_does() -> None:
-    location = resolve(None)
-    template = load_chat_template(location)
+def test_builtin_renders_as_transformers_does(
+    builtin_location: ModelLocation, builtin_reference: Any
+) -> None:
+    template = load_chat_template(builtin_location)
     assert template is not None
-    reference = transformers.AutoTokenizer.from_pretrained(
-        location.path.parent, gguf_file=location.path.name
-    )
     for messages in (HI, [Message("system", "Be brief."), *HI, Message("assistant", "ok"), *HI]):
         chat = [{"role": m.role, "content": m.content} for m in messages]
         for prompt in (True, False):
-            expected = reference.apply_chat_template(
+            expected = builtin_reference.apply_chat_template(
                 chat, tokenize=False, add_generation_prompt=prompt
             )
             assert template.render(messages, prompt) == expected

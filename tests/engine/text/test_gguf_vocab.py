@@ -3,42 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
-import transformers
 from tokenizers import Tokenizer as Backend
-from tokenizers import pre_tokenizers
 
 from millrace.engine.errors import ModelError, UnsupportedModel
 from millrace.engine.text.gguf_vocab import tokenizer_from_gguf
 from millrace.engine.text.pieces import byte_level_piece
 from millrace.engine.text.pretokenizers import find_pre_tokenizer
 from millrace.engine.text.tokenizer import Tokenizer, load_tokenizer
-from millrace.engine.weights.locate import ModelLocation, resolve
-
-
-@pytest.fixture(scope="session")
-def builtin_location() -> ModelLocation:
-    return resolve(None)
+from millrace.engine.weights.locate import ModelLocation
 
 
 @pytest.fixture(scope="session")
 def builtin(builtin_location: ModelLocation) -> Tokenizer:
     return load_tokenizer(builtin_location)
-
-
-@pytest.fixture(scope="session")
-def builtin_reference(builtin_location: ModelLocation) -> Any:
-    path: Path = builtin_location.path
-    reference = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    # transformers 5.23 doesn't know "smollm" and splits as GPT-2 does. This is the pre-tokenizer in
-    # the tokenizer.json of HuggingFaceTB/SmolLM2-135M-Instruct.
-    reference.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    return reference
 
 
 @pytest.mark.model

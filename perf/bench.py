@@ -1,0 +1,274 @@
+"""`millrace bench`: tokens/s at rising concurrency, where the CPU time went, and a peer beside.
+
+Every level runs once in each repetition, in an order that turns round from one repetition to the
+next, so that a machine that warms up or slows down favours nobody. Prompts are new each time: the
+prefix cache has nothing to offer. The peer waits in its own process and takes its turn.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import statistics
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any
+
+import grpc
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from millrace.engine.config import EngineConfig
+from millrace.engine.errors import EngineUnavailable, MillraceError
+from millrace.perf.cpu_time import cpu_seconds_of_tree
+from millrace.perf.environment import environment
+from millrace.perf.loadgen.drive import closed_loop
+from millrace.perf.loadgen.report import Summary, summarize
+from millrace.perf.loadgen.transport import GenerateSender
+from millrace.perf.loadgen.workload import random_requests
+from millrace.perf.peers.transformers_peer import TransformersPeer
+from millrace.perf.server_process import ServerProcess, metric
+from millrace.v1 import inference_pb2 as pb
+from millrace.v1.inference_pb2_grpc import InferenceStub
+
+PEER_STREAMS = 16
+WARM_UP_TOKENS = 4
+WARM_UP_SEED = 2**31  # of prompts that no measurement uses
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to measure."""
+
+    levels: tuple[int, ...]  # concurrent streams
+    repeats: int
+    prompt_tokens: int
+    output_tokens: int
+    peer: str | None  # "transformers"
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class CpuUse:
+    """CPU seconds of a server during one run."""
+
+    front_end_s: float  # its process: gRPC, tokenizing, metrics
+    scheduler_s: float  # of the core: scheduling, applying, publishing (it reports these itself)
+    total_s: float  # of all its processes
+
+    @property
+    def overhead(self) -> float:
+        """The share that is not the model's."""
+        return (self.front_end_s + self.scheduler_s) / self.total_s if self.total_s else 0.0
+
+
+@dataclass(slots=True)
+class Level:
+    """All repetitions of one level."""
+
+    streams: int
+    summaries: list[Summary] = field(default_factory=list)
+    cpu: list[CpuUse] = field(default_factory=list)  # empty for a server of somebody else's
+
+    @property
+    def rate(self) -> float:
+        """Median output tokens a second."""
+        return statistics.median(summary.output_tokens_per_s for summary in self.summaries)
+
+    @property
+    def overhead(self) -> float | None:
+        return statistics.median(use.overhead for use in self.cpu) if self.cpu else None
+
+
+def run(plan: Plan, config: EngineConfig, target: str | None, json_file: Path | None) -> None:
+    """Measure, print a table, and end with one line of JSON (also in `json_file`).
+
+    Raises MillraceError if the server or any request fails: there are no figures then.
+    """
+    found_at = environment(plan.seed)
+    with ExitStack() as stack:
+        server = None if target is not None else stack.enter_context(_start_server(config))
+        peer = stack.enter_context(_start_peer(plan, config)) if plan.peer else None
+        bench = Bench(plan, target or (server.target if server else ""), server)
+        levels, peer_rates = asyncio.run(bench.measure(peer))
+        options = asyncio.run(bench.describe())
+    Console().print(_table(levels))
+    result = _result(plan, levels, peer_rates)
+    for line in _findings(result):
+        print(line)
+    text = json.dumps({"environment": found_at, "server": options, "plan": asdict(plan), **result})
+    if json_file is not None:
+        json_file.write_text(text + "\n")
+    print(text)
+
+
+class Bench:
+    """The runs against one server; `server` is None where its processes are not ours to watch."""
+
+    def __init__(self, plan: Plan, target: str, server: ServerProcess | None) -> None:
+        self._plan = plan
+        self._target = target
+        self._server = server
+
+    async def describe(self) -> dict[str, Any]:
+        """What the server says of itself."""
+        async with grpc.aio.insecure_channel(self._target) as channel:
+            model = await InferenceStub(channel).GetModel(pb.GetModelRequest())
+        names = ("name", "dtype", "device", "backend", "kv_blocks", "max_running")
+        return {name: getattr(model, name) for name in names}
+
+    async def measure(self, peer: TransformersPeer | None) -> tuple[list[Level], list[float]]:
+        """All repetitions; returns the levels and the peer's tokens a second."""
+        plan = self._plan
+        levels = [Level(streams) for streams in plan.levels]
+        peer_rates: list[float] = []
+        async with grpc.aio.insecure_channel(self._target) as channel:
+            inference = InferenceStub(channel)
+            try:
+                model = await inference.GetModel(pb.GetModelRequest(), timeout=60)
+            except grpc.aio.AioRpcError as error:
+                message = f"no server answers at {self._target}: {error.code().name}"
+                raise EngineUnavailable(message) from error
+            await self._run(inference, model.vocab_size, plan.levels[-1], WARM_UP_TOKENS, None)
+            for repeat in range(plan.repeats):
+                turns: Sequence[Level | None] = [*levels, *([None] if peer else [])]
+                for level in turns if repeat % 2 == 0 else reversed(turns):
+                    if level is not None:
+                        await self._measure_level(inference, model.vocab_size, level, repeat)
+                    elif peer is not None:
+                        rate = await asyncio.to_thread(peer.measure, plan.seed, repeat)
+                        _say(f"transformers, {PEER_STREAMS} streams: {rate:.1f} tokens/s")
+                        peer_rates.append(rate)
+        return levels, peer_rates
+
+    async def _measure_level(
+        self, inference: InferenceStub, vocab_size: int, level: Level, repeat: int
+    ) -> None:
+        before = self._cpu_now()
+        summary = await self._run(
+            inference, vocab_size, level.streams, self._plan.output_tokens, repeat
+        )
+        level.summaries.append(summary)
+        after = self._cpu_now()
+        if before is not None and after is not None:
+            spent = (late - early for late, early in zip(after, before, strict=True))
+            level.cpu.append(CpuUse(*spent))
+        _say(f"{level.streams} streams: {summary.output_tokens_per_s:.1f} tokens/s")
+
+    async def _run(
+        self,
+        inference: InferenceStub,
+        vocab_size: int,
+        streams: int,
+        output_tokens: int,
+        repeat: int | None,
+    ) -> Summary:
+        """One closed loop of as many requests as streams: all start together, as a batch would."""
+        plan = self._plan
+        seed = [plan.seed, WARM_UP_SEED if repeat is None else repeat, streams]
+        requests = random_requests(streams, plan.prompt_tokens, output_tokens, vocab_size, seed)
+        done = await closed_loop(GenerateSender(inference), requests, streams)
+        failed = [record for record in done.records if not record.ok]
+        if failed:
+            message = f"{len(failed)} of {streams} requests failed: "
+            raise MillraceError(f"{message}{failed[0].status}: {failed[0].message}")
+        return summarize(done)
+
+    def _cpu_now(self) -> tuple[float, float, float] | None:
+        """The fields of CpuUse, since the server's start."""
+        if self._server is None:
+            return None
+        seconds = cpu_seconds_of_tree(self._server.pid)
+        scheduler_s = metric(self._server.metrics(), "millrace_step_host_seconds_sum")
+        return seconds[self._server.pid], scheduler_s, sum(seconds.values())
+
+
+def _start_server(config: EngineConfig) -> ServerProcess:
+    """A server with the settings of `config`, on ports of its own."""
+    settings = {name: value for name, value in asdict(config).items() if value is not None}
+    with NamedTemporaryFile("w", suffix=".yaml", delete=False) as file:
+        yaml.safe_dump(settings, file)
+    return ServerProcess(["--config", file.name])
+
+
+def _start_peer(plan: Plan, config: EngineConfig) -> TransformersPeer:
+    return TransformersPeer(PEER_STREAMS, plan.prompt_tokens, plan.output_tokens, config)
+
+
+# ---------------------------------------------------------------- results
+
+
+def _result(plan: Plan, levels: list[Level], peer_rates: list[float]) -> dict[str, Any]:
+    """Everything measured, for the JSON line."""
+    base = min(levels, key=lambda level: level.streams)
+    result: dict[str, Any] = {
+        "levels": [
+            {
+                "streams": level.streams,
+                "tokens_per_s": level.rate,
+                "scaling": level.rate / base.rate,
+                "overhead": level.overhead,
+                "runs": [asdict(summary) for summary in level.summaries],
+                "cpu": [asdict(use) for use in level.cpu],
+            }
+            for level in levels
+        ],
+        "base_streams": base.streams,
+    }
+    if peer_rates:
+        rate = statistics.median(peer_rates)
+        result["peer"] = {"name": plan.peer, "streams": PEER_STREAMS, "runs": peer_rates}
+        result["peer"]["tokens_per_s"] = rate
+        same = [level.rate for level in levels if level.streams == PEER_STREAMS]
+        result["peer"]["ratio"] = same[0] / rate if same else None
+    return result
+
+
+def _findings(result: dict[str, Any]) -> list[str]:
+    """The ratios, in words."""
+    base = result["base_streams"]
+    lines = []
+    for level in result["levels"]:
+        if level["streams"] != base:
+            lines.append(f"{level['streams']} streams to {base}: {level['scaling']:.2f} x tokens/s")
+        if level["overhead"] is not None:
+            share = f"{level['overhead']:.1%} of the server's CPU time"
+            lines.append(f"{level['streams']} streams: front end and scheduler take {share}")
+    if peer := result.get("peer"):
+        line = f"{peer['name']} at {peer['streams']} streams: {peer['tokens_per_s']:.1f} tokens/s"
+        ratio = peer["ratio"]
+        lines.append(line + (f"; Millrace is {ratio:.2f} x as fast" if ratio is not None else ""))
+    return lines
+
+
+def _table(levels: list[Level]) -> Table:
+    """Medians over the repetitions, in milliseconds but for the rates."""
+    table = Table(title="Medians of all repetitions; latencies in ms")
+    names = ("tokens/s", "min", "max", "TTFT p50", "TTFT p99", "ITL p50", "ITL p99", "TPOT p50")
+    for name in ("streams", *names):
+        table.add_column(name, justify="right")
+    for level in levels:
+        runs = level.summaries
+        rates = [summary.output_tokens_per_s for summary in runs]
+        figures = [level.rate, min(rates), max(rates)]
+        figures += [
+            statistics.median(values)
+            for values in zip(
+                *(
+                    (s.ttft.median, s.ttft.p99, s.itl.median, s.itl.p99, s.tpot.median)
+                    for s in runs
+                ),
+                strict=True,
+            )
+        ]
+        table.add_row(str(level.streams), *(f"{figure:.1f}" for figure in figures))
+    return table
+
+
+def _say(line: str) -> None:
+    """Progress, apart from the results."""
+    Console(stderr=True).print(line, style="dim", highlight=False)
