@@ -19,8 +19,8 @@ import numpy.typing as npt
 
 from millrace.engine.config import MAX_PROMPT_BYTES, MAX_REQUEST_ID_BYTES
 from millrace.engine.core.messages import NewRequest, Ready
-from millrace.engine.errors import InvalidRequest
-from millrace.engine.sampling_params import MAX_SEED, SamplingParams, validate
+from millrace.engine.errors import InvalidRequest, UnsupportedModel
+from millrace.engine.sampling_params import MAX_EOS_IDS, MAX_SEED, SamplingParams, validate
 from millrace.engine.text.chat import ChatTemplate, Message
 from millrace.engine.text.tokenizer import Tokenizer
 
@@ -76,7 +76,14 @@ class InputProcessor:
         model: Ready,
         seed: int | None = None,
     ) -> None:
-        """`seed` fixes the seeds that are drawn for requests without one."""
+        """`seed` fixes the seeds that are drawn for requests without one.
+
+        Raises UnsupportedModel where the model has more ends of sequence than the device's table
+        has room for beside a request's own stop tokens.
+        """
+        if len(tokenizer.eos_ids) > MAX_EOS_IDS:
+            message = f"{len(tokenizer.eos_ids)} end-of-sequence ids; at most {MAX_EOS_IDS} fit"
+            raise UnsupportedModel(message)
         self._tokenizer = tokenizer
         self._chat_template = chat_template
         self._model = model
@@ -107,11 +114,9 @@ class InputProcessor:
             _refuse(field, f"at most {MAX_PROMPT_BYTES} bytes", f"{size} bytes")
         match prompt:
             case TextPrompt(text, add_special):
-                ids = _token_ids(self._tokenizer.encode(text, add_special=add_special), field)
+                ids = _token_ids(self._encode(text, add_special, field), field)
             case ChatPrompt():
-                ids = _token_ids(
-                    self._tokenizer.encode(self.render(prompt), add_special=False), field
-                )
+                ids = _token_ids(self._encode(self.render(prompt), False, field), field)
             case TokenPrompt(given):
                 ids = _token_ids(given, field)
         if ids.size == 0:
@@ -121,6 +126,14 @@ class InputProcessor:
             limit = f"token ids in [0, {self._model.vocab_size})"
             _refuse(field, limit, f"id {low if low < 0 else high}")
         return ids.astype(np.int32)
+
+    def _encode(self, text: str, add_special: bool, field: str) -> list[int]:
+        """Tokenize, unless the text's size alone says that it is beyond the context."""
+        most = self._model.max_context * self._tokenizer.longest_piece
+        if (size := _utf8_bytes(text)) > most:
+            limit = f"at most {self._model.max_context - 1} tokens, so {most} bytes"
+            _refuse(field, limit, f"{size} bytes")
+        return self._tokenizer.encode(text, add_special=add_special)
 
     def render(self, prompt: ChatPrompt) -> str:
         """The text that the model's template makes of a conversation."""

@@ -15,7 +15,8 @@ from millrace.engine.errors import InvalidRequest
 MAX_N = 64  # samples of one prompt
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARS = 256
-MAX_STOP_TOKEN_IDS = 64  # width of the device's table of stop ids, less room for the model's own
+MAX_STOP_TOKEN_IDS = 64  # these and the model's own share the device's table of stop ids
+MAX_EOS_IDS = 16
 MAX_LOGPROBS = 20  # as in OpenAI's API
 MAX_LOGIT_BIAS = 1024  # entries in logit_bias
 MAX_SEED = 2**63 - 1

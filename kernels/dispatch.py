@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from millrace.kernels import activation, attention, attention_cpu, kv_append, matmul, norm
+from millrace.kernels.logprobs import RawLogprobs, raw_logprobs_cpu, raw_logprobs_reference
 from millrace.kernels.sampling import SampledTokens, sample_reference
 from millrace.kernels.sampling_cpu import sample_cpu
 
 try:
-    from millrace.kernels import attention_triton, sampling_triton
+    from millrace.kernels import attention_triton, logprobs_triton, sampling_triton
 
     HAS_TRITON = True
 except ImportError:  # Triton has no wheel for this platform
@@ -44,6 +45,7 @@ class Operations:
     paged_attention: Callable[..., Tensor]  # (q, k_cache, v_cache, prepared, *, scale, softcap)
     pack_linear: Callable[..., matmul.PackedLinear]  # matmul.pack_linear
     sample: Callable[..., SampledTokens]  # sampling.sample_reference
+    raw_logprobs: Callable[..., RawLogprobs]  # logprobs.raw_logprobs_reference
 
 
 REFERENCE = Operations(
@@ -57,6 +59,7 @@ REFERENCE = Operations(
     paged_attention=attention.paged_attention_reference,
     pack_linear=matmul.pack_linear_reference,
     sample=sample_reference,
+    raw_logprobs=raw_logprobs_reference,
 )
 
 TORCH_ON_GPU = replace(
@@ -75,6 +78,7 @@ TORCH_ON_CPU = replace(
     prepare_attention=attention_cpu.prepare_attention_cpu,
     paged_attention=attention_cpu.paged_attention_cpu,
     sample=sample_cpu,
+    raw_logprobs=raw_logprobs_cpu,
 )
 
 
@@ -108,4 +112,5 @@ def _triton_operations(on_gpu: bool) -> Operations:
         prepare_attention=attention.prepare_attention,
         paged_attention=attention_triton.paged_attention,
         sample=sampling_triton.sample_triton,
+        raw_logprobs=logprobs_triton.raw_logprobs_triton,
     )

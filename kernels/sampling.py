@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from millrace.kernels.checks import expect
-from millrace.kernels.logprobs import MASS_ONE, RawLogprobs, raw_logprobs_reference
+from millrace.kernels.logprobs import MASS_ONE
 from millrace.kernels.rng import gumbel_noise_at
 from millrace.kernels.slot_sampling import SlotSampling, SlotValues
 
@@ -52,14 +52,10 @@ GREEDY_BELOW = 1e-5
 
 @dataclass
 class SampledTokens:
-    """One row per sampled token. The last four are None unless logprobs were asked for."""
+    """One row per sampled token."""
 
     token_ids: Tensor  # i64[R]; 0 where not ok
     ok: Tensor  # bool[R]; False: NaN, or no token left; the row's token must not be used
-    logprobs: Tensor | None = None  # f32[R], raw logprob of the chosen token
-    ranks: Tensor | None = None  # i64[R], raw rank of the chosen token, from 1
-    top_ids: Tensor | None = None  # i64[R, num_top], raw, by value descending, then id
-    top_logprobs: Tensor | None = None  # f32[R, num_top]
 
 
 def sample_reference(
@@ -67,13 +63,11 @@ def sample_reference(
     slots: Tensor,
     positions: Tensor,
     params: SlotSampling,
-    num_top: int = 0,
-    want_logprobs: bool = False,
 ) -> SampledTokens:
     """Sample one token a row: logits f32|bf16|f16[R, V], slots i64[R], positions i64[R].
 
-    `positions` are the absolute positions of the tokens being drawn. Logprobs, and those of the
-    `num_top` best tokens, come with `want_logprobs`. ValueError names what does not fit.
+    `positions` are the absolute positions of the tokens being drawn. ValueError names what does
+    not fit.
     """
     check_inputs(logits, slots, positions, params)
     token_ids = torch.zeros_like(slots)
@@ -83,16 +77,7 @@ def sample_reference(
         token_id = draw_from_row(row, slot, position, params)
         if token_id is not None:
             token_ids[i_row], ok[i_row] = token_id, True
-    sampled = SampledTokens(token_ids, ok)
-    if want_logprobs:
-        attach_logprobs(sampled, raw_logprobs_reference(logits, token_ids, num_top))
-    return sampled
-
-
-def attach_logprobs(sampled: SampledTokens, raw: RawLogprobs) -> None:
-    """Fill in the last four fields."""
-    sampled.logprobs, sampled.ranks = raw.logprobs, raw.ranks
-    sampled.top_ids, sampled.top_logprobs = raw.top_ids, raw.top_logprobs
+    return SampledTokens(token_ids, ok)
 
 
 def edit_row(row: Tensor, slot: int, position: int, params: SlotSampling) -> Tensor:

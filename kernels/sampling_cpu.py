@@ -19,12 +19,11 @@ from millrace.kernels.candidates import (
     sorted_rows,
     top_k_bounds,
 )
-from millrace.kernels.logprobs import MASS_ONE, raw_logprobs_cpu
+from millrace.kernels.logprobs import MASS_ONE
 from millrace.kernels.rng import gumbel_noise, gumbel_noise_at
 from millrace.kernels.sampling import (
     GREEDY_BELOW,
     SampledTokens,
-    attach_logprobs,
     check_inputs,
     draw_from_row,
     edit_row,
@@ -42,8 +41,6 @@ def sample_cpu(
     slots: Tensor,
     positions: Tensor,
     params: SlotSampling,
-    num_top: int = 0,
-    want_logprobs: bool = False,
 ) -> SampledTokens:
     """As `sample_reference`: same arguments, same tokens. IndexError if a slot is not in [0, S)."""
     check_inputs(logits, slots, positions, params)
@@ -66,10 +63,7 @@ def sample_cpu(
         row = edit_row(logits[i_row].to(torch.float32, copy=True), slot, position, params)
         token_id = draw_from_row(row, slot, position, params)
         token_ids[i_row], ok[i_row] = token_id or 0, token_id is not None
-    sampled = SampledTokens(token_ids, ok)
-    if want_logprobs:
-        attach_logprobs(sampled, raw_logprobs_cpu(batch.logits, token_ids, num_top))
-    return sampled
+    return SampledTokens(token_ids, ok)
 
 
 @dataclass(frozen=True)

@@ -27,14 +27,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from millrace.kernels.logprobs_triton import raw_logprobs_triton
 from millrace.kernels.order_triton import NO_ID
 from millrace.kernels.rng import CALLS_PER_TILE, TILE
 from millrace.kernels.rng_triton import gumbel_tile
 from millrace.kernels.sampling import (
     GREEDY_BELOW,
     SampledTokens,
-    attach_logprobs,
     check_inputs,
 )
 from millrace.kernels.sampling_filters_triton import (
@@ -167,8 +165,6 @@ def sample_triton(
     slots: Tensor,
     positions: Tensor,
     params: SlotSampling,
-    num_top: int = 0,
-    want_logprobs: bool = False,
 ) -> SampledTokens:
     """As `sample_reference`, on the device; never waits for it. Logits may have any row stride."""
     check_inputs(logits, slots, positions, params)
@@ -182,8 +178,6 @@ def sample_triton(
     sampled = SampledTokens(torch.empty_like(slots), torch.empty_like(slots, dtype=torch.bool))
     if rows:
         _launch(logits, slots, positions, params, scratch, sampled, tiles)
-    if want_logprobs:
-        attach_logprobs(sampled, raw_logprobs_triton(logits, sampled.token_ids, num_top))
     return sampled
 
 

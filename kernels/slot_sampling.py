@@ -13,7 +13,7 @@ from torch import Tensor
 
 from millrace.kernels.checks import expect
 
-MAX_STOP_IDS = 16
+MAX_STOP_IDS = 80
 NO_ID = -1
 """Pads a slot's stop ids."""
 SEED_BITS = 64

@@ -1,7 +1,6 @@
-"""Log-probabilities of prompt tokens: one more read of the logits that a prefill chunk has anyway.
+"""Log-probabilities for clients: of drawn tokens, and of the tokens of a prompt.
 
-Raw, that is log_softmax of the unedited logits in float32 (natural log). The logits of all the
-chunk's rows at once could be gigabytes, so they are made and used a few rows at a time.
+Raw, that is of the model's logits before any edit (`kernels/logprobs.py` has the definition).
 """
 
 from __future__ import annotations
@@ -11,8 +10,16 @@ from collections.abc import Callable
 import torch
 
 from millrace.engine.core.messages import TokenLogprobs
+from millrace.kernels.dispatch import Operations
+from millrace.kernels.logprobs import RawLogprobs
 
-ROWS_AT_ONCE = 64
+ROWS_AT_ONCE = 64  # of a prompt: the logits of a whole chunk could be gigabytes
+
+
+def token_logprobs(token_ids: torch.Tensor, raw: RawLogprobs) -> list[TokenLogprobs]:
+    """One entry for each of the tokens i64 [N] that `raw` was made for; waits for the device."""
+    columns = (token_ids, raw.logprobs, raw.ranks, raw.top_ids, raw.top_logprobs)
+    return list(map(TokenLogprobs, *(column.tolist() for column in columns)))
 
 
 def prompt_logprobs(
@@ -20,14 +27,10 @@ def prompt_logprobs(
     targets: torch.Tensor,
     num_top: int,
     logits: Callable[[torch.Tensor], torch.Tensor],
+    operations: Operations,
 ) -> list[TokenLogprobs]:
     """Score targets i64 [N] under hidden states [N, E]; `logits` maps [n, E] to [n, V]."""
     scored: list[TokenLogprobs] = []
     for rows, ids in zip(hidden.split(ROWS_AT_ONCE), targets.split(ROWS_AT_ONCE), strict=True):
-        logprobs = torch.log_softmax(logits(rows).float(), dim=-1)  # [n, V]
-        chosen = logprobs.gather(1, ids[:, None])  # [n, 1]
-        ranks = (logprobs > chosen).sum(dim=1) + 1
-        top, top_ids = logprobs.topk(num_top, dim=1)
-        columns = (ids, chosen[:, 0], ranks, top_ids, top)
-        scored += map(TokenLogprobs, *(column.tolist() for column in columns))
+        scored += token_logprobs(ids, operations.raw_logprobs(logits(rows), ids, num_top))
     return scored

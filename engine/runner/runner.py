@@ -17,10 +17,11 @@ import torch
 from millrace.engine.core.messages import NewRequest, TokenLogprobs
 from millrace.engine.models.decoder import Decoder
 from millrace.engine.models.forward_batch import ForwardBatch, KVCache
-from millrace.engine.runner.logprobs import prompt_logprobs
+from millrace.engine.runner.logprobs import prompt_logprobs, token_logprobs
 from millrace.engine.runner.request_table import RequestTable
 from millrace.kernels.attention import AttentionBatch
 from millrace.kernels.dispatch import Operations
+from millrace.kernels.logprobs import RawLogprobs
 from millrace.kernels.sampling import SampledTokens
 from millrace.scheduler.plan import PrefillChunk, StepPlan, StepResult
 from millrace.scheduler.request import Request
@@ -34,7 +35,8 @@ class LaunchedStep:
     slots: npt.NDArray[np.int64]  # [N], of the rows that drew a token
     sampled: SampledTokens
     stopped: torch.Tensor  # bool [N]
-    num_top: dict[int, int]  # slot -> alternatives wanted with its token
+    scored: dict[int, tuple[torch.Tensor, RawLogprobs]] = field(default_factory=dict)
+    """slot -> (its token i64 [1], raw logprobs of that one row), where asked for"""
     prompt_logprobs: dict[int, tuple[int, list[TokenLogprobs]]] = field(default_factory=dict)
     """slot -> (first position scored, scores of that position on)"""
 
@@ -50,22 +52,8 @@ class LaunchedStep:
 
     def logprobs(self) -> dict[int, TokenLogprobs]:
         """Of the drawn tokens, by slot, where asked for."""
-        if not self.num_top:
-            return {}
-        drawn = self.sampled
-        columns = (
-            drawn.token_ids,
-            drawn.logprobs,
-            drawn.ranks,
-            drawn.top_ids,
-            drawn.top_logprobs,
-        )
-        values = [column.tolist() for column in columns if column is not None]
-        rows = zip(self.slots.tolist(), *values, strict=True)
         return {
-            slot: TokenLogprobs(token, logprob, rank, ids[:n], top[:n])
-            for slot, token, logprob, rank, ids, top in rows
-            if (n := self.num_top.get(slot)) is not None
+            slot: token_logprobs(token_id, raw)[0] for slot, (token_id, raw) in self.scored.items()
         }
 
 
@@ -180,27 +168,30 @@ class Runner:
         rows, slots = self._to_device(host_rows), self._to_device(host_slots)  # [N] of the batch
         last_token = batch.attention.query_start[1:][rows].long() - 1  # [N]
         positions = batch.positions[last_token] + 1  # of the tokens to draw
-        num_top = {slot: n for slot in host_slots if (n := self._num_top.get(slot)) is not None}
-        sampled = self._operations.sample(
-            self._model.logits(hidden[last_token]),
-            slots,
-            positions,
-            table.sampling,
-            num_top=max(num_top.values(), default=0),
-            want_logprobs=bool(num_top),
-        )
+        logits = self._model.logits(hidden[last_token])  # [N, V]
+        sampled = self._operations.sample(logits, slots, positions, table.sampling)
         table.tokens[slots, positions] = sampled.token_ids
         table.sampling.record(slots, sampled.token_ids)
         stop_ids = table.sampling.stop_ids[slots]  # [N, K]
         stopped = (stop_ids == sampled.token_ids[:, None]).any(dim=1)
-        return LaunchedStep(plan.step, host_slots, sampled, stopped, num_top)
+        launched = LaunchedStep(plan.step, host_slots, sampled, stopped)
+        for row, slot in enumerate(host_slots.tolist()):
+            if slot in self._num_top:  # only who asks pays
+                token_id = sampled.token_ids[row : row + 1]
+                raw = self._operations.raw_logprobs(
+                    logits[row : row + 1], token_id, self._num_top[slot]
+                )
+                launched.scored[slot] = (token_id, raw)
+        return launched
 
     def _score_prompt(self, chunk: PrefillChunk, hidden: torch.Tensor) -> list[TokenLogprobs]:
         """Scores of the prompt tokens that follow the chunk's positions."""
         num_prompt, num_top = self._prompt_top[chunk.slot]
         end = min(chunk.start + chunk.length + 1, num_prompt)
         targets = self._table.tokens[chunk.slot, chunk.start + 1 : end]
-        return prompt_logprobs(hidden[: len(targets)], targets, num_top, self._model.logits)
+        return prompt_logprobs(
+            hidden[: len(targets)], targets, num_top, self._model.logits, self._operations
+        )
 
     def _to_device(self, values: npt.NDArray[np.generic]) -> torch.Tensor:
         return torch.from_numpy(values.astype(np.int64)).to(self._device, non_blocking=True)

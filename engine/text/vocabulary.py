@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 from millrace.engine.errors import InvalidRequest
 
@@ -53,6 +54,11 @@ class Tokenizer(ABC):
     @property
     def special_ids(self) -> frozenset[int]:
         return self._vocabulary.special_ids
+
+    @cached_property
+    def longest_piece(self) -> int:
+        """Bytes of the longest token: no text has fewer tokens than its bytes over this."""
+        return max(map(len, self._vocabulary.pieces), default=1)
 
     @property
     def strips_leading_space(self) -> bool:
