@@ -10,15 +10,16 @@ from __future__ import annotations
 import asyncio
 import json
 import statistics
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from tempfile import NamedTemporaryFile
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import grpc
 import yaml
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -27,7 +28,7 @@ from millrace.engine.errors import EngineUnavailable, MillraceError
 from millrace.perf.cpu_time import cpu_seconds_of_tree
 from millrace.perf.environment import environment
 from millrace.perf.loadgen.drive import closed_loop
-from millrace.perf.loadgen.report import Summary, summarize
+from millrace.perf.loadgen.report import Spread, Summary, summarize
 from millrace.perf.loadgen.transport import GenerateSender
 from millrace.perf.loadgen.workload import random_requests
 from millrace.perf.peers.transformers_peer import TransformersPeer
@@ -117,7 +118,7 @@ class Bench:
     async def describe(self) -> dict[str, Any]:
         """What the server says of itself."""
         async with grpc.aio.insecure_channel(self._target) as channel:
-            model = await InferenceStub(channel).GetModel(pb.GetModelRequest())
+            model = await InferenceStub(channel).GetModel(pb.GetModelRequest())  # type: ignore[no-untyped-call]
         names = ("name", "dtype", "device", "backend", "kv_blocks", "max_running")
         return {name: getattr(model, name) for name in names}
 
@@ -127,7 +128,7 @@ class Bench:
         levels = [Level(streams) for streams in plan.levels]
         peer_rates: list[float] = []
         async with grpc.aio.insecure_channel(self._target) as channel:
-            inference = InferenceStub(channel)
+            inference = InferenceStub(channel)  # type: ignore[no-untyped-call]
             try:
                 model = await inference.GetModel(pb.GetModelRequest(), timeout=60)
             except grpc.aio.AioRpcError as error:
@@ -187,12 +188,15 @@ class Bench:
         return seconds[self._server.pid], scheduler_s, sum(seconds.values())
 
 
-def _start_server(config: EngineConfig) -> ServerProcess:
+@contextmanager
+def _start_server(config: EngineConfig) -> Iterator[ServerProcess]:
     """A server with the settings of `config`, on ports of its own."""
     settings = {name: value for name, value in asdict(config).items() if value is not None}
-    with NamedTemporaryFile("w", suffix=".yaml", delete=False) as file:
-        yaml.safe_dump(settings, file)
-    return ServerProcess(["--config", file.name])
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "bench.yaml"
+        file.write_text(yaml.safe_dump(settings))
+        with ServerProcess(["--config", str(file)]) as server:
+            yield server
 
 
 def _start_peer(plan: Plan, config: EngineConfig) -> TransformersPeer:
@@ -246,27 +250,26 @@ def _findings(result: dict[str, Any]) -> list[str]:
 
 
 def _table(levels: list[Level]) -> Table:
-    """Medians over the repetitions, in milliseconds but for the rates."""
-    table = Table(title="Medians of all repetitions; latencies in ms")
-    names = ("tokens/s", "min", "max", "TTFT p50", "TTFT p99", "ITL p50", "ITL p99", "TPOT p50")
-    for name in ("streams", *names):
-        table.add_column(name, justify="right")
+    """Medians over the repetitions."""
+    table = Table(title="Medians; latencies in ms, p50 / p99", box=box.SIMPLE)
+    for name in ("streams", "tokens/s (min-max)", "TTFT", "ITL", "TPOT"):
+        table.add_column(name, justify="right", no_wrap=True)
     for level in levels:
-        runs = level.summaries
-        rates = [summary.output_tokens_per_s for summary in runs]
-        figures = [level.rate, min(rates), max(rates)]
-        figures += [
-            statistics.median(values)
-            for values in zip(
-                *(
-                    (s.ttft.median, s.ttft.p99, s.itl.median, s.itl.p99, s.tpot.median)
-                    for s in runs
-                ),
-                strict=True,
-            )
-        ]
-        table.add_row(str(level.streams), *(f"{figure:.1f}" for figure in figures))
+        rates = [summary.output_tokens_per_s for summary in level.summaries]
+        table.add_row(
+            str(level.streams),
+            f"{level.rate:.1f} ({min(rates):.1f}-{max(rates):.1f})",
+            _spread([summary.ttft for summary in level.summaries]),
+            _spread([summary.itl for summary in level.summaries]),
+            _spread([summary.tpot for summary in level.summaries]),
+        )
     return table
+
+
+def _spread(spreads: list[Spread]) -> str:
+    median = statistics.median(spread.median for spread in spreads)
+    p99 = statistics.median(spread.p99 for spread in spreads)
+    return f"{median:.1f} / {p99:.1f}"
 
 
 def _say(line: str) -> None:

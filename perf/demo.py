@@ -57,7 +57,7 @@ async def _demonstrate(target: str) -> list[str]:
     cases = demo_cases()
     rows = [Row(case.label, Record(str(i), time.perf_counter())) for i, case in enumerate(cases)]
     async with grpc.aio.insecure_channel(target) as channel:
-        inference = InferenceStub(channel)
+        inference = InferenceStub(channel)  # type: ignore[no-untyped-call]
         start_s = time.perf_counter()
         with view_of(rows) as view:
             found = await asyncio.gather(
@@ -125,8 +125,10 @@ def _print_figures(run: Run) -> None:
         f"\n{summary.successful} requests, {summary.output_tokens} tokens in "
         f"{summary.duration_s:.1f} s: {summary.output_tokens_per_s:.1f} tokens/s"
     )
+    print(f"{'in milliseconds':<20}{'p50':>9}{'p90':>9}{'p99':>9}")
     for name, spread in (("time to first token", summary.ttft), ("inter-token", summary.itl)):
-        print(f"{name:<20} p50 {spread.median:8.1f} ms   p99 {spread.p99:8.1f} ms")
+        figures = (spread.median, spread.p90, spread.p99)
+        print(f"{name:<20}" + "".join(f"{figure:9.1f}" for figure in figures))
 
 
 def _print_metrics(page: str) -> None:

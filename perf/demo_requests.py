@@ -1,4 +1,4 @@
-"""What `make demo` asks for: prompts of many lengths, every way of sampling, and two that go wrong."""
+"""What `make demo` asks for: many lengths, every way of sampling, and two that go wrong."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from millrace.v1 import inference_pb2 as pb
 
 STORY = (
-    "The mill stood where the two rivers met. Every morning the miller opened the sluice, and the "
-    "water turned the great wheel, and the wheel turned the stones, and the stones ground the corn. "
+    "The mill stood where the two rivers met. Every morning the miller opened the sluice, and "
+    "the water turned the wheel, and the wheel turned the stones, and the stones ground the corn. "
 )
 OPENINGS = (
     "Once upon a time",

@@ -78,7 +78,7 @@ class Lines:
 
 
 class LiveTable:
-    """All streams at once; where the screen is too short, those that run and the last that ended."""
+    """All streams at once; on a short screen those that run come first."""
 
     def __init__(self, rows: list[Row]) -> None:
         self._rows = rows

@@ -31,7 +31,7 @@ class ServerProcess:
 
     def __init__(self, options: Sequence[str] = ()) -> None:
         """`options` are those of `millrace serve`."""
-        self._log = tempfile.NamedTemporaryFile(prefix="millrace-serve-", suffix=".log")
+        self._log = tempfile.NamedTemporaryFile(prefix="millrace-serve-", suffix=".log")  # noqa: SIM115
         self._process = subprocess.Popen(
             [*COMMAND, *ANY_PORTS, *options], stdout=subprocess.PIPE, stderr=self._log, text=True
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import cast
 
 import grpc
 
@@ -27,7 +27,7 @@ class RemoteModel:
             request = pb.GetModelRequest()
             model = self._client.inference.GetModel(request, timeout=CONNECT_TIMEOUT_S)
         except grpc.RpcError as error:
-            status = error.code().name  # type: ignore[attr-defined]
+            status = error.code().name
             raise EngineUnavailable(f"no Millrace server answers at {target}: {status}") from error
         self.name = model.name
 
@@ -59,13 +59,10 @@ class RemoteStream:
 
 
 def _options(params: SamplingParams) -> Options:
-    """What differs from the server's defaults, which are the same as SamplingParams'."""
-    given: dict[str, Any] = {
-        field: value
-        for field, value in ((name, getattr(params, name)) for name in params.__struct_fields__)
-        if field in Options.__annotations__ and value not in (None, [])
-    }
-    return Options(**given)  # type: ignore[typeddict-item]
+    """All that is set, whether or not it is the server's default."""
+    known = set(params.__struct_fields__) & set(Options.__annotations__)
+    given = {name: getattr(params, name) for name in known}
+    return cast(Options, {name: value for name, value in given.items() if value not in (None, [])})
 
 
 def _usage(stream: Stream) -> Usage | None:

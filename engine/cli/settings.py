@@ -55,7 +55,7 @@ def with_settings(
     parameters = [*own, _config_file(), *(_parameter(field) for field in fields)]
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    del run.__wrapped__  # type: ignore[attr-defined]  # typer would look through to `command`
+    del run.__wrapped__  # typer would look through to `command`
     return run
 
 
@@ -81,7 +81,7 @@ def _parameter(field: dataclasses.Field[Any]) -> inspect.Parameter:
         metavar=None if kind is bool else _metavar(field, kind),
         rich_help_panel=PANEL,
     )
-    annotation = Annotated[kind | None, option]
+    annotation: Any = Annotated[kind | None, option]
     return inspect.Parameter(field.name, KEYWORD, default=None, annotation=annotation)
 
 

@@ -31,6 +31,7 @@ def prompt_logprobs(
 ) -> list[TokenLogprobs]:
     """Score targets i64 [N] under hidden states [N, E]; `logits` maps [n, E] to [n, V]."""
     scored: list[TokenLogprobs] = []
-    for rows, ids in zip(hidden.split(ROWS_AT_ONCE), targets.split(ROWS_AT_ONCE), strict=True):
+    chunks = zip(torch.split(hidden, ROWS_AT_ONCE), torch.split(targets, ROWS_AT_ONCE), strict=True)
+    for rows, ids in chunks:
         scored += token_logprobs(ids, operations.raw_logprobs(logits(rows), ids, num_top))
     return scored

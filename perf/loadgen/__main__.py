@@ -44,7 +44,7 @@ class Load:
 async def run_load(load: Load) -> Run:
     """Draw the requests, send them, return what came of them."""
     async with grpc.aio.insecure_channel(load.target) as channel:
-        inference = InferenceStub(channel)
+        inference = InferenceStub(channel)  # type: ignore[no-untyped-call]
         model = await inference.GetModel(pb.GetModelRequest(), wait_for_ready=True)
         requests = random_requests(
             load.requests, load.prompt_tokens, load.output_tokens, model.vocab_size, [load.seed]

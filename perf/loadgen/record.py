@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from millrace.v1 import inference_pb2 as pb
@@ -46,9 +47,7 @@ class Record:
     @property
     def gaps_s(self) -> list[float]:
         """Inter-token latencies."""
-        return [
-            b - a for times in self.token_times_s for a, b in zip(times, times[1:], strict=False)
-        ]
+        return [b - a for times in self.token_times_s for a, b in pairwise(times)]
 
     @property
     def tpot_s(self) -> list[float]:

@@ -21,15 +21,16 @@ class Spread:
 
     mean: float
     median: float
+    p90: float
     p99: float
 
     @classmethod
     def of(cls, seconds: Sequence[float]) -> Spread:
         if not seconds:
-            return cls(0.0, 0.0, 0.0)
+            return cls(0.0, 0.0, 0.0, 0.0)
         values = np.asarray(seconds) * MS
-        p50, p99 = np.percentile(values, (50, 99))
-        return cls(float(values.mean()), float(p50), float(p99))
+        p50, p90, p99 = np.percentile(values, (50, 90, 99))
+        return cls(float(values.mean()), float(p50), float(p90), float(p99))
 
 
 @dataclass(frozen=True, slots=True)

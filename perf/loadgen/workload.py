@@ -19,7 +19,7 @@ def random_ids(num_tokens: int, vocab_size: int, seed: Sequence[int]) -> list[in
 def random_requests(
     count: int, prompt_tokens: int, output_tokens: int, vocab_size: int, seed: Sequence[int]
 ) -> list[pb.GenerateRequest]:
-    """Greedy requests for exactly `output_tokens`, on prompts that share no prefix but by chance."""
+    """Greedy requests for exactly `output_tokens`, on prompts that share no prefix."""
     return [
         pb.GenerateRequest(
             request_id=f"load-{index}",

@@ -1,9 +1,11 @@
 """transformers' static-batch `generate` in bfloat16, as a process that measures when told to.
 
-`python -m millrace.perf.peers.transformers_static BATCH PROMPT_TOKENS OUTPUT_TOKENS THREADS
-[MODEL]` (THREADS 0: as torch likes) loads the model and prints "ready". Then each line on its standard input, two integers that
-seed the prompts, makes it generate one batch and print {"output_tokens": ..., "seconds": ...}.
-All prompts have one length and all outputs another, so nothing is padded: a static batch at its best.
+    python -m millrace.perf.peers.transformers_static BATCH PROMPT OUTPUT THREADS [MODEL]
+
+PROMPT and OUTPUT are tokens; THREADS 0 leaves their number to torch. It loads the model and prints
+"ready". Then each line on its standard input, two integers that seed the prompts, makes it generate
+one batch and print {"output_tokens": ..., "seconds": ...}. All prompts have one length and all
+outputs another, so nothing is padded: a static batch at its best.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ def load(location: ModelLocation) -> Any:
         folder = location.path.parent
         options["gguf_file"] = location.path.name
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, **options).eval()  # type: ignore[no-untyped-call]
 
 
 @torch.inference_mode()

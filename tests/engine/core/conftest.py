@@ -43,9 +43,7 @@ class World:
         settings = SamplingParams(**{"seed": 7, "max_tokens": max_tokens} | params)
         data = np.asarray(prompt, "<i4").tobytes()
         self.core.handle(
-            NewRequest(
-                request_id, data, settings, max_tokens, stops, 0.0, deadline_s, leader
-            )
+            NewRequest(request_id, data, settings, max_tokens, stops, 0.0, deadline_s, leader)
         )
 
     def step(self):

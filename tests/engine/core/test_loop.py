@@ -164,9 +164,7 @@ def test_logprobs_are_those_of_the_model(make_world, tiny_llama):
 
 
 @pytest.mark.parametrize("budget", [8, 13, 64])
-def test_prompt_logprobs_cover_the_prompt_once_whatever_the_chunks(
-    make_world, tiny_llama, budget
-):
+def test_prompt_logprobs_cover_the_prompt_once_whatever_the_chunks(make_world, tiny_llama, budget):
     world = make_world(max_step_tokens=budget)
     prompt = prompt_of(45)
     world.submit(1, prompt, max_tokens=2)  # fills the prefix cache, which must not shorten these
