@@ -1,4 +1,4 @@
-"""Paged attention: what it computes, on which batch; 7 of 8 in the walk, after models/decoder.py.
+"""Paged attention (7 of 8): what it computes, and on which batch.
 
     out[t] = softmax(cap(scale * q[t] . K) + mask) . V          cap(s) = softcap * tanh(s / softcap)
 
@@ -15,6 +15,8 @@ fast forms; all three share one calling form:
 so that what does not depend on the layer is worked out once. T tokens in the step, R rows
 (sequences) in the step, S slots, B blocks in the pool, P tokens per block, H query heads, G KV
 heads, D head dimension. Caches are [B, P, G, D].
+
+Before it: engine/models/decoder.py, which calls it in each layer. After it: kernels/sampling.py.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Logits to token ids: the definition of sampling, its parameters and the plain PyTorch reference.
+"""Logits to token ids (8 of 8): the definition of sampling, its parameters and the reference.
 
 R rows are sampled in a step; each belongs to a slot that holds its request's parameters. The
 operation, in this order (that of transformers and vLLM):
@@ -31,6 +31,9 @@ left after step 5. A ban adds -inf, so a banned +inf is a NaN. Where +inf remain
 nothing else has a chance: the +inf of the lowest id is taken.
 
 `sample_cpu` and `sample_triton` compute the same; this file imports neither.
+
+Before it: engine/models/decoder.py gives the logits, kernels/attention.py inside it. After it the
+tokens go back through engine/core/loop.py.
 """
 
 import math

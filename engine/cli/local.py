@@ -74,6 +74,7 @@ class LocalStream:
                         yield output.text
         finally:  # a stop string or the caller ended it: the core does not know yet
             self._core.handle(Cancel([self._new.id]))
+            self._core.step()  # publishes the end
             while not self._core.is_idle:
                 self._core.step()
             self._summarize(finish or "cancelled")
