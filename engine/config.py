@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
 from millrace.engine.errors import InvalidRequest
 
 MAX_MESSAGE_BYTES = 16 * 2**20  # one gRPC message, either way

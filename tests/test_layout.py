@@ -6,6 +6,7 @@ type checkers are arrows as well.
 
 import ast
 import dataclasses
+import re
 import subprocess
 import sys
 from functools import cache
@@ -14,6 +15,9 @@ from pathlib import Path
 import pytest
 
 from millrace.engine.config import EngineConfig
+from millrace.engine.server import status
+from millrace.engine.server.metrics import Metrics
+from millrace.v1 import admin_pb2, inference_pb2
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = {
@@ -28,6 +32,7 @@ STDLIB = sys.stdlib_module_names
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 60
 MAX_TRITON_LINES = 120
+MAX_EXAMPLE_LINES = 40
 LONGER = {  # path or path:function -> why
     "tests/engine/test_async_engine.py": "one fixture, every way in which a request can end",
 }
@@ -405,3 +410,34 @@ def test_the_operations_page_lists_every_setting_with_its_default():
             same = shown == str(default).lower() or shown == str(default)
             number = isinstance(default, int | float) and not isinstance(default, bool)
             assert same or (number and float(shown) == default), f"{field.name}: {shown}"
+
+
+def rows(page: str, heading: str) -> dict[str, str]:
+    """The tables of a section: the name in the first cell (without labels) -> the second cell."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    section = text.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    found = re.findall(r"^\| `(\w+)(?:\{.*?\})?`[^|]*\|([^|]*)\|", section, re.MULTILINE)
+    return {name: cell.strip() for name, cell in found}
+
+
+def test_the_operations_page_lists_every_metric_with_its_type():
+    types = re.findall(r"^# TYPE (millrace_\w+) (\w+)$", Metrics().render().decode(), re.MULTILINE)
+    kinds = {name: kind for name, kind in types if not name.endswith("_created")}
+    listed = {name: cell.split()[0] for name, cell in rows("operations.md", "Metrics").items()}
+    assert listed == kinds
+
+
+def test_the_api_page_lists_every_error_with_its_code():
+    assert rows("api.md", "Errors") == {kind.__name__: code.name for kind, code in status._CODES}
+
+
+@pytest.mark.parametrize("module", [inference_pb2, admin_pb2], ids=["inference", "admin"])
+def test_the_api_page_lists_every_call(module):
+    for name, service in module.DESCRIPTOR.services_by_name.items():
+        assert rows("api.md", name).keys() == {method.name for method in service.methods}
+
+
+def test_examples_are_short():
+    sizes = {name_of(p): len(p.read_text().splitlines()) for p in python_files("examples")}
+    assert sizes, "there are examples"
+    assert {name: size for name, size in sizes.items() if size > MAX_EXAMPLE_LINES} == {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+
 from millrace.engine.models.forward_batch import ForwardBatch, KVCache
 from millrace.engine.models.layers import LayerWeights, WeightLoader, load_layer
 from millrace.engine.models.registry import ModelConfig

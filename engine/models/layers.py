@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+
 from millrace.engine.models.registry import ModelConfig
 from millrace.engine.weights.checkpoint import Checkpoint, take
 from millrace.kernels.dispatch import Operations
