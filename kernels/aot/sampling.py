@@ -1,0 +1,66 @@
+"""The signatures with which sampling and logprobs are launched."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from millrace.kernels import logprobs_triton, sampling_filters_triton, sampling_triton
+from millrace.kernels.aot.compiler import KernelSpec
+
+TYPES = {  # of the arguments that are not *fp32
+    "p_logits": "*bf16",
+    "p_slots": "*i64",
+    "p_positions": "*i64",
+    "p_top_k": "*i32",
+    "p_seed": "*i64",
+    "p_has_bias": "*i1",
+    "p_seen": "*i1",
+    "p_counts": "*i32",
+    "p_has_penalties": "*i1",
+    "p_stop_ids": "*i32",
+    "p_min_position": "*i64",
+    "p_mass": "*i64",
+    "p_best_id": "*i32",
+    "p_total": "*i64",
+    "p_count": "*i32",
+    "p_keys": "*i64",
+    "p_token_ids": "*i64",
+    "p_ok": "*i1",
+    "p_above": "*i32",
+    "p_ranks": "*i64",
+    "p_top_ids": "*i64",
+    "stride_logits": "i32",
+    "tiles": "i32",
+    "vocab": "i32",
+    "num_top": "i32",
+}
+
+
+def _spec(name: str, kernel: Any, num_warps: int, **constants: Any) -> KernelSpec:
+    types: Mapping[str, str] = {n: TYPES.get(n, "*fp32") for n in kernel.arg_names}
+    return KernelSpec(name, kernel, types, constants, num_warps)
+
+
+def _specs(prefix: str, tiles: int, keys: int) -> tuple[KernelSpec, ...]:
+    """The kernels of a row of `tiles` tiles, a power of two, and 1 is specialised."""
+    sampling, filters, logprobs = sampling_triton, sampling_filters_triton, logprobs_triton
+    one = {"tiles": 1} if tiles == 1 else {}
+    padded = {"TILES": tiles} | one
+    warps = sampling.bound_warps(tiles)
+    return (
+        _spec(f"{prefix} stats", sampling.stats_kernel, sampling.STATS_WARPS, **one),
+        _spec(f"{prefix} bound", filters.bound_kernel, warps, **padded),
+        _spec(f"{prefix} gather", filters.gather_kernel, sampling.GATHER_WARPS, **one),
+        _spec(f"{prefix} finish", filters.finish_kernel, sampling.FINISH_WARPS, **padded),
+        _spec(f"{prefix} wide", filters.wide_kernel, sampling.WIDE_WARPS, **padded),
+        _spec(f"{prefix} logprob tile", logprobs.logprob_tile_kernel, logprobs.WARPS, **one),
+        _spec(
+            f"{prefix} logprob row",
+            logprobs.logprob_row_kernel,
+            logprobs.WARPS,
+            KEYS=keys,
+            **padded,
+        ),
+    )
+
+
+SPECS = (*_specs("sampling", tiles=64, keys=4096), *_specs("sampling, one tile,", 1, keys=32))
