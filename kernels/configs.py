@@ -1,0 +1,54 @@
+"""Launch configurations: tile sizes, warps and stages of a kernel, by device.
+
+Chosen offline by `python -m millrace.perf.kernels.tune` and kept in configs.json with what was
+measured; never while serving, where the noise of a timing would decide the bits of a result. The
+key of a row is a shape that a model fixes (head dimension, weight shape), never a number of tokens.
+What the file does not have for a device, the kernel's own default is.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+FILE = Path(__file__).parent / "configs.json"
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchConfig:
+    """How a kernel is launched; `constants` are its tile sizes by the kernel's own names."""
+
+    num_warps: int
+    num_stages: int
+    constants: Mapping[str, int]
+
+
+def launch_config(
+    op: str, key: str, device: torch.device, default: LaunchConfig, file: Path = FILE
+) -> LaunchConfig:
+    """The row of `op` and `key` for this device, else `default`.
+
+    Example: launch_config("paged_attention", "bf16 D128", torch.device("cuda"), DEFAULT).
+    """
+    if device.type != "cuda":
+        return default
+    return _rows(file).get((torch.cuda.get_device_name(device), op, key), default)
+
+
+@cache
+def _rows(file: Path) -> Mapping[tuple[str, str, str], LaunchConfig]:
+    """(device, op, key) -> configuration."""
+    devices: dict[str, dict[str, dict[str, dict[str, Any]]]] = json.loads(file.read_text())
+    return MappingProxyType(
+        {
+            (device, op, key): LaunchConfig(row["num_warps"], row["num_stages"], row["constants"])
+            for device, ops in devices.items()
+            for op, keys in ops.items()
+            for key, row in keys.items()
+        }
+    )
