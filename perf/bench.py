@@ -2,7 +2,7 @@
 
 Every level runs once in each repetition, in an order that turns round from one repetition to the
 next, so that a machine that warms up or slows down favours nobody. Prompts are new each time: the
-prefix cache has nothing to offer. The peer waits in its own process and takes its turn.
+prefix cache has nothing to offer. Peers wait in processes of their own and take their turns.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -37,6 +37,7 @@ from millrace.v1 import inference_pb2 as pb
 from millrace.v1.inference_pb2_grpc import InferenceStub
 
 PEER_STREAMS = 16
+PEER_DTYPES = {"transformers": "bfloat16", "transformers-fp32": "float32"}
 WARM_UP_TOKENS = 4
 WARM_UP_SEED = 2**31  # of prompts that no measurement uses
 
@@ -49,7 +50,7 @@ class Plan:
     repeats: int
     prompt_tokens: int
     output_tokens: int
-    peer: str | None  # "transformers"
+    peers: tuple[str, ...]  # names in PEER_DTYPES
     seed: int
 
 
@@ -93,12 +94,12 @@ def run(plan: Plan, config: EngineConfig, target: str | None, json_file: Path | 
     found_at = environment(plan.seed)
     with ExitStack() as stack:
         server = None if target is not None else stack.enter_context(_start_server(config))
-        peer = stack.enter_context(_start_peer(plan, config)) if plan.peer else None
+        peers = {name: stack.enter_context(_start_peer(name, plan, config)) for name in plan.peers}
         bench = Bench(plan, target or (server.target if server else ""), server)
-        levels, peer_rates = asyncio.run(bench.measure(peer))
+        levels, peer_rates = asyncio.run(bench.measure(peers))
         options = asyncio.run(bench.describe())
     Console().print(_table(levels))
-    result = _result(plan, levels, peer_rates)
+    result = _result(levels, peer_rates)
     for line in _findings(result):
         print(line)
     text = json.dumps({"environment": found_at, "server": options, "plan": asdict(plan), **result})
@@ -122,11 +123,13 @@ class Bench:
         names = ("name", "dtype", "device", "backend", "kv_blocks", "max_running")
         return {name: getattr(model, name) for name in names}
 
-    async def measure(self, peer: TransformersPeer | None) -> tuple[list[Level], list[float]]:
-        """All repetitions; returns the levels and the peer's tokens a second."""
+    async def measure(
+        self, peers: Mapping[str, TransformersPeer]
+    ) -> tuple[list[Level], dict[str, list[float]]]:
+        """All repetitions; returns the levels, and each peer's tokens a second."""
         plan = self._plan
         levels = [Level(streams) for streams in plan.levels]
-        peer_rates: list[float] = []
+        peer_rates: dict[str, list[float]] = {name: [] for name in peers}
         async with grpc.aio.insecure_channel(self._target) as channel:
             inference = InferenceStub(channel)  # type: ignore[no-untyped-call]
             try:
@@ -136,14 +139,14 @@ class Bench:
                 raise EngineUnavailable(message) from error
             await self._run(inference, model.vocab_size, plan.levels[-1], WARM_UP_TOKENS, None)
             for repeat in range(plan.repeats):
-                turns: Sequence[Level | None] = [*levels, *([None] if peer else [])]
-                for level in turns if repeat % 2 == 0 else reversed(turns):
-                    if level is not None:
-                        await self._measure_level(inference, model.vocab_size, level, repeat)
-                    elif peer is not None:
-                        rate = await asyncio.to_thread(peer.measure, plan.seed, repeat)
-                        _say(f"transformers, {PEER_STREAMS} streams: {rate:.1f} tokens/s")
-                        peer_rates.append(rate)
+                turns: Sequence[Level | str] = [*levels, *peers]
+                for turn in turns if repeat % 2 == 0 else reversed(turns):
+                    if isinstance(turn, Level):
+                        await self._measure_level(inference, model.vocab_size, turn, repeat)
+                    else:
+                        rate = await asyncio.to_thread(peers[turn].measure, plan.seed, repeat)
+                        _say(f"{turn}, {PEER_STREAMS} streams: {rate:.1f} tokens/s")
+                        peer_rates[turn].append(rate)
         return levels, peer_rates
 
     async def _measure_level(
@@ -199,17 +202,19 @@ def _start_server(config: EngineConfig) -> Iterator[ServerProcess]:
             yield server
 
 
-def _start_peer(plan: Plan, config: EngineConfig) -> TransformersPeer:
-    return TransformersPeer(PEER_STREAMS, plan.prompt_tokens, plan.output_tokens, config)
+def _start_peer(name: str, plan: Plan, config: EngineConfig) -> TransformersPeer:
+    dtype = PEER_DTYPES[name]
+    return TransformersPeer(PEER_STREAMS, plan.prompt_tokens, plan.output_tokens, dtype, config)
 
 
 # ---------------------------------------------------------------- results
 
 
-def _result(plan: Plan, levels: list[Level], peer_rates: list[float]) -> dict[str, Any]:
+def _result(levels: list[Level], peer_rates: Mapping[str, list[float]]) -> dict[str, Any]:
     """Everything measured, for the JSON line."""
     base = min(levels, key=lambda level: level.streams)
-    result: dict[str, Any] = {
+    same = [level.rate for level in levels if level.streams == PEER_STREAMS]
+    return {
         "levels": [
             {
                 "streams": level.streams,
@@ -222,14 +227,17 @@ def _result(plan: Plan, levels: list[Level], peer_rates: list[float]) -> dict[st
             for level in levels
         ],
         "base_streams": base.streams,
+        "peers": [
+            {
+                "name": name,
+                "streams": PEER_STREAMS,
+                "tokens_per_s": statistics.median(rates),
+                "ratio": same[0] / statistics.median(rates) if same else None,
+                "runs": rates,
+            }
+            for name, rates in peer_rates.items()
+        ],
     }
-    if peer_rates:
-        rate = statistics.median(peer_rates)
-        result["peer"] = {"name": plan.peer, "streams": PEER_STREAMS, "runs": peer_rates}
-        result["peer"]["tokens_per_s"] = rate
-        same = [level.rate for level in levels if level.streams == PEER_STREAMS]
-        result["peer"]["ratio"] = same[0] / rate if same else None
-    return result
 
 
 def _findings(result: dict[str, Any]) -> list[str]:
@@ -242,7 +250,7 @@ def _findings(result: dict[str, Any]) -> list[str]:
         if level["overhead"] is not None:
             share = f"{level['overhead']:.1%} of the server's CPU time"
             lines.append(f"{level['streams']} streams: front end and scheduler take {share}")
-    if peer := result.get("peer"):
+    for peer in result["peers"]:
         line = f"{peer['name']} at {peer['streams']} streams: {peer['tokens_per_s']:.1f} tokens/s"
         ratio = peer["ratio"]
         lines.append(line + (f"; Millrace is {ratio:.2f} x as fast" if ratio is not None else ""))

@@ -15,6 +15,7 @@ class PeerName(StrEnum):
     """What may be measured beside Millrace."""
 
     transformers = "transformers"
+    transformers_fp32 = "transformers-fp32"
 
 
 STREAMS = (1, 16, 64)
@@ -36,9 +37,9 @@ PromptTokens = Annotated[
 OutputTokens = Annotated[
     int, typer.Option(metavar="TOKENS", min=2, help="of each answer; the end of text is ignored")
 ]
-Peer = Annotated[
-    PeerName | None,
-    typer.Option(help="measure this beside, in bf16, in turn with Millrace"),
+Peers = Annotated[
+    list[PeerName],
+    typer.Option(help="measure this beside, in turn with Millrace (transformers: in bf16); repeat"),
 ]
 JsonFile = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="write the JSON of the last line here")
@@ -52,7 +53,7 @@ def bench(
     repeats: Repeats = 3,
     prompt_tokens: PromptTokens = 128,
     output_tokens: OutputTokens = 128,
-    peer: Peer = None,
+    peer: Peers = (),  # type: ignore[assignment]
     json: JsonFile = None,
 ) -> None:
     """Measure tokens/s and latency over real gRPC streams; the last line is JSON."""
@@ -63,7 +64,7 @@ def bench(
         repeats=repeats,
         prompt_tokens=prompt_tokens,
         output_tokens=output_tokens,
-        peer=peer.value if peer is not None else None,
+        peers=tuple(name.value for name in peer),
         seed=config.seed or 0,
     )
     run(plan, config, target, json)

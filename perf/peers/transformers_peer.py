@@ -17,12 +17,12 @@ class TransformersPeer:
     """The process, from the benchmark's side."""
 
     def __init__(
-        self, batch: int, prompt_tokens: int, output_tokens: int, config: EngineConfig
+        self, batch: int, prompt_tokens: int, output_tokens: int, dtype: str, config: EngineConfig
     ) -> None:
-        """The model and the threads are those of `config`."""
-        numbers = map(str, (batch, prompt_tokens, output_tokens, config.threads or 0))
-        model = config.model
-        command = [sys.executable, "-P", "-m", MODULE, *numbers, *([model] if model else [])]
+        """`dtype` by torch's name; the model and the threads are those of `config`."""
+        options = [str(n) for n in (batch, prompt_tokens, output_tokens, config.threads or 0)]
+        options += [dtype, config.model] if config.model else [dtype]
+        command = [sys.executable, "-P", "-m", MODULE, *options]
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(
             command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True

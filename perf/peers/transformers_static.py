@@ -1,6 +1,6 @@
-"""transformers' static-batch `generate` in bfloat16, as a process that measures when told to.
+"""transformers' static-batch `generate`, as a process that measures when told to.
 
-    python -m millrace.perf.peers.transformers_static BATCH PROMPT OUTPUT THREADS [MODEL]
+    python -m millrace.perf.peers.transformers_static BATCH PROMPT OUTPUT THREADS DTYPE [MODEL]
 
 PROMPT and OUTPUT are tokens; THREADS 0 leaves their number to torch. It loads the model and prints
 "ready". Then each line on its standard input, two integers that seed the prompts, makes it generate
@@ -26,7 +26,8 @@ def main() -> None:
     batch, prompt_tokens, output_tokens, threads = map(int, sys.argv[1:5])
     if threads:
         torch.set_num_threads(threads)
-    model = load(resolve(sys.argv[5] if len(sys.argv) > 5 else None))
+    dtype: torch.dtype = getattr(torch, sys.argv[5])
+    model = load(resolve(sys.argv[6] if len(sys.argv) > 6 else None), dtype)
     generate(model, batch, prompt_tokens, 2, [0, 0])  # warm up
     print("ready", flush=True)
     for line in sys.stdin:
@@ -37,9 +38,9 @@ def main() -> None:
         print(json.dumps({"output_tokens": tokens, "seconds": seconds}), flush=True)
 
 
-def load(location: ModelLocation) -> Any:
-    """The model in bfloat16, its quantised weights (of GGUF) turned into such beforehand."""
-    options: dict[str, Any] = {"dtype": torch.bfloat16}
+def load(location: ModelLocation, dtype: torch.dtype) -> Any:
+    """The model in one dtype, its quantised weights (of GGUF) turned into such beforehand."""
+    options: dict[str, Any] = {"dtype": dtype}
     folder = location.path
     if location.format == "gguf":
         folder = location.path.parent

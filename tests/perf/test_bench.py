@@ -21,7 +21,7 @@ from millrace.perf.loadgen.report import summarize
 from millrace.perf.server_process import ServerProcess, metric
 from millrace.v1 import inference_pb2 as pb
 
-PLAN = bench.Plan((1, 4), repeats=2, prompt_tokens=5, output_tokens=3, peer=None, seed=0)
+PLAN = bench.Plan((1, 4), repeats=2, prompt_tokens=5, output_tokens=3, peers=(), seed=0)
 
 
 def summary_of(rate):
@@ -64,11 +64,11 @@ def test_ratios_are_of_medians():
     one = bench.Level(1, [summary_of(10), summary_of(11), summary_of(90)])
     many = bench.Level(16, [summary_of(44), summary_of(1), summary_of(55)])
     many.cpu = [bench.CpuUse(1.0, 0.5, 10.0), bench.CpuUse(1.0, 1.0, 10.0)]
-    plan = bench.Plan((1, 16), 3, 1, 100, "transformers", 0)
-    result = bench._result(plan, [one, many], [20.0, 22.0, 100.0])
+    rates = {"transformers": [20.0, 22.0, 100.0], "transformers-fp32": [11.0, 11.0, 11.0]}
+    result = bench._result([one, many], rates)
     assert result["levels"][1]["scaling"] == pytest.approx(4.0)
     assert result["levels"][1]["overhead"] == pytest.approx(0.175)
-    assert result["peer"]["ratio"] == pytest.approx(2.0)
+    assert [peer["ratio"] for peer in result["peers"]] == pytest.approx([2.0, 4.0])
     lines = "\n".join(bench._findings(result))
     assert "4.00 x tokens/s" in lines and "17.5%" in lines and "2.00 x as fast" in lines
 
