@@ -19,7 +19,8 @@ from millrace.engine.cli.sampling import (
     TopK,
     TopP,
 )
-from millrace.engine.cli.source import ChatTurn, Source, open_source
+from millrace.engine.cli.source import Source, open_source
+from millrace.engine.cli.text_stream import ChatTurn
 from millrace.engine.config import EngineConfig
 from millrace.engine.errors import InvalidRequest, TemplateError
 from millrace.engine.sampling_params import SamplingParams

@@ -19,13 +19,8 @@ from millrace.engine.cli.sampling import (
     TopK,
     TopP,
 )
-from millrace.engine.cli.source import (
-    Source,
-    TextOrChat,
-    TextStream,
-    interrupt_cancels,
-    open_source,
-)
+from millrace.engine.cli.source import Source, open_source
+from millrace.engine.cli.text_stream import TextOrChat, TextStream, interrupt_cancels
 from millrace.engine.config import EngineConfig
 from millrace.engine.sampling_params import SamplingParams
 

@@ -9,7 +9,7 @@ import itertools
 import time
 from collections.abc import Iterator
 
-from millrace.engine.cli.source import TextOrChat, Usage
+from millrace.engine.cli.text_stream import TextOrChat, Usage
 from millrace.engine.config import EngineConfig
 from millrace.engine.core.build import build_core
 from millrace.engine.core.loop import EngineCore

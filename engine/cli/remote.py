@@ -8,7 +8,7 @@ from typing import cast
 import grpc
 
 from millrace.client import CallFailed, Client, Options, Stream
-from millrace.engine.cli.source import TextOrChat, Usage
+from millrace.engine.cli.text_stream import TextOrChat, Usage
 from millrace.engine.errors import EngineUnavailable, InvalidRequest, MillraceError, StepFailed
 from millrace.engine.sampling_params import SamplingParams
 from millrace.v1 import inference_pb2 as pb

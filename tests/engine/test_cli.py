@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from millrace.engine.cli import app
 from millrace.engine.cli.settings import flag
-from millrace.engine.cli.source import Usage, interrupt_cancels
+from millrace.engine.cli.text_stream import Usage, interrupt_cancels
 from millrace.engine.cli.tokenize import coloured
 from millrace.engine.config import EngineConfig
 from millrace.engine.server import grpc_server
