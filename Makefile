@@ -13,6 +13,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PARTS := engine scheduler kernels perf client
 LINKS := build/typing/millrace
+# Threads of torch that spin while they wait starve the servers which the tests start.
+export GOMP_SPINCOUNT ?= 10000
 
 .PHONY: demo test serve bench check format proto slow clean
 .DELETE_ON_ERROR:

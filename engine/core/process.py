@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
@@ -29,6 +29,10 @@ CORE_COMMAND = (sys.executable, "-P", "-m", "millrace.engine.core.main")
 STDIN, STDERR = 0, 2  # file descriptors
 LAST_WORDS_S = 0.1  # after the core's exit, for what it sent to be read
 ORPHAN_EXIT_CODE = 3  # the front end has gone
+SPINS = "10000"
+"""How long torch's threads spin for one another before they sleep: tens of microseconds, about what
+the host needs between two operations. OpenMP's own choice is to spin for milliseconds, which on a
+machine with other work takes the very cores that the awaited threads need."""
 
 
 class Launch(msgspec.Struct, frozen=True):
@@ -39,6 +43,12 @@ class Launch(msgspec.Struct, frozen=True):
 
 
 # ---------------------------------------------------------------- the front end's half
+
+
+def core_environment(given: Mapping[str, str]) -> dict[str, str]:
+    """The core's environment variables: those given, and SPINS unless they say how to wait."""
+    chosen = "OMP_WAIT_POLICY" in given or "GOMP_SPINCOUNT" in given
+    return {**given} if chosen else {**given, "GOMP_SPINCOUNT": SPINS}
 
 
 class CoreProcess:
@@ -52,7 +62,11 @@ class CoreProcess:
         # What the core prints goes to stderr, because stdout is the front end's.
         try:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=STDERR, process_group=0
+                command,
+                stdin=subprocess.PIPE,
+                stdout=STDERR,
+                process_group=0,
+                env=core_environment(os.environ),
             )
         except OSError:
             self._channel.close()

@@ -13,7 +13,7 @@ import pytest
 
 from millrace.engine.config import EngineConfig
 from millrace.engine.core.messages import CacheFlushed, FlushCache
-from millrace.engine.core.process import CoreProcess
+from millrace.engine.core.process import SPINS, CoreProcess, core_environment
 from millrace.engine.errors import EngineUnavailable
 from tests.engine.fake_core import DEATH_CODE, FLUSHED_BLOCKS, fake_core_command
 
@@ -51,6 +51,12 @@ def test_a_core_gets_its_config_answers_and_leaves_when_asked():
         assert not alive(core.pid)
 
     run(scenario())
+
+
+def test_the_core_s_threads_soon_sleep_unless_told_how_to_wait():
+    assert core_environment({"A": "1"}) == {"A": "1", "GOMP_SPINCOUNT": SPINS}
+    for told in ({"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "7"}):
+        assert core_environment(told) == told
 
 
 def test_a_core_that_cannot_start_says_why():
@@ -159,7 +165,7 @@ def test_a_running_core_leaves_no_files(tmp_path, monkeypatch):
 PARENT = """
     import asyncio
     from millrace.engine.config import EngineConfig
-    from millrace.engine.core.process import CoreProcess
+    from millrace.engine.core.process import SPINS, CoreProcess, core_environment
     from tests.engine.fake_core import fake_core_command
 
     async def main():
