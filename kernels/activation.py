@@ -19,13 +19,15 @@ from millrace.kernels.checks import FLOATING_DTYPES
 
 def silu_mul(gate_up: Tensor) -> Tensor:
     """silu(gate) * up; gate_up [T, 2F] -> [T, F]. ValueError where the width is odd."""
-    gate, up = _halves(gate_up)
+    expect_gate_up(gate_up)
+    gate, up = gate_up.chunk(2, dim=1)
     return F.silu(gate).mul_(up)
 
 
 def gelu_tanh_mul(gate_up: Tensor) -> Tensor:
     """gelu_tanh(gate) * up; gate_up [T, 2F] -> [T, F]. ValueError where the width is odd."""
-    gate, up = _halves(gate_up)
+    expect_gate_up(gate_up)
+    gate, up = gate_up.chunk(2, dim=1)
     return F.gelu(gate, approximate="tanh").mul_(up)
 
 
@@ -44,11 +46,10 @@ def gelu_tanh_mul_reference(gate_up: Tensor) -> Tensor:
     return (0.5 * gate32 * (1.0 + torch.tanh(inner))).to(gate_up.dtype) * up
 
 
-def _halves(gate_up: Tensor) -> tuple[Tensor, Tensor]:
+def expect_gate_up(gate_up: Tensor) -> None:
+    """ValueError unless gate_up is [T, 2F] of a floating dtype."""
     if gate_up.dim() != 2 or gate_up.shape[1] % 2 or gate_up.dtype not in FLOATING_DTYPES:
         raise ValueError(
             "gate_up: expected [T, 2F] of a floating dtype, "
             f"got {list(gate_up.shape)} of {gate_up.dtype}"
         )
-    gate, up = gate_up.chunk(2, dim=1)
-    return gate, up

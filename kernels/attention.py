@@ -28,6 +28,14 @@ from millrace.kernels.checks import expect, expect_contiguous
 
 
 @dataclass(frozen=True, slots=True)
+class KVScales:
+    """What the stored values of an fp8 cache are multiplied by, for each KV head: f32 [G] each."""
+
+    key: Tensor
+    value: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionBatch:
     """Which tokens of a step belong to which sequence, and where its cache lies.
 

@@ -22,7 +22,14 @@ from millrace.kernels.sampling import SampledTokens, sample_reference
 from millrace.kernels.sampling_cpu import sample_cpu
 
 try:
-    from millrace.kernels import attention_triton, logprobs_triton, sampling_triton
+    from millrace.kernels import (
+        activation_triton,
+        attention_triton,
+        kv_append_triton,
+        logprobs_triton,
+        norm_triton,
+        sampling_triton,
+    )
 
     HAS_TRITON = True
 except ImportError:  # Triton has no wheel for this platform
@@ -109,6 +116,11 @@ def _triton_operations(on_gpu: bool) -> Operations:
     return replace(
         TORCH_ON_GPU,
         name="triton",
+        rms_norm=norm_triton.rms_norm,
+        add_rms_norm=norm_triton.add_rms_norm,
+        silu_mul=activation_triton.silu_mul,
+        gelu_tanh_mul=activation_triton.gelu_tanh_mul,
+        kv_append=kv_append_triton.kv_append,
         prepare_attention=attention.prepare_attention,
         paged_attention=attention_triton.paged_attention,
         sample=sampling_triton.sample_triton,

@@ -25,14 +25,21 @@ class RopeScaling:
              w > L / low_freq_factor   frequency / factor
              between                   (1 - s) * frequency / factor + s * frequency,
                                        s = (L / w - low_freq_factor) / (high - low)
+    yarn     by index i, between those whose frequency turns beta_fast and beta_slow times within L
+             (whole indices if truncate), from kept to frequency / factor along a straight line;
+             cosines and sines times attention_factor    YaRN, Peng et al. 2023
     """
 
-    kind: Literal["linear", "factors", "llama3"]
+    kind: Literal["linear", "factors", "llama3", "yarn"]
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position: int = 8192
     factors: tuple[float, ...] = ()
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 1.0  # `yarn_attention_factor`, or what the model's author chose
 
 
 def rope_table(
@@ -51,7 +58,10 @@ def rope_table(
         raise ValueError(f"max_position: expected at least 1, got {max_position}")
     positions = torch.arange(max_position, dtype=torch.float32)
     angles = torch.outer(positions, frequencies)
-    return torch.cat((angles.cos(), angles.sin()), dim=1).to(device)
+    table = torch.cat((angles.cos(), angles.sin()), dim=1)
+    if scaling is not None and scaling.kind == "yarn":
+        table *= _positive("scaling.attention_factor", scaling.attention_factor)
+    return table.to(device)
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> Tensor:
@@ -70,7 +80,28 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = 
         return frequencies / _checked_factors(scaling.factors, head_dim // 2)
     if scaling.kind == "llama3":
         return _scale_llama3(frequencies, scaling)
-    raise ValueError(f"scaling.kind: expected linear, factors or llama3, got {scaling.kind!r}")
+    if scaling.kind == "yarn":
+        return _scale_yarn(frequencies, head_dim, theta, scaling)
+    raise ValueError(
+        f"scaling.kind: expected linear, factors, llama3 or yarn, got {scaling.kind!r}"
+    )
+
+
+def yarn_attention_factor(
+    factor: float, mscale: float | None = None, mscale_all_dim: float | None = None
+) -> float:
+    """What YaRN multiplies cosines and sines by, so that attention is as sharp as before.
+
+    0.1 ln(factor) + 1, equation 22 of the paper. DeepSeek's models name two weights of the
+    logarithm instead, and the quotient of both is taken.
+    """
+
+    def sharpness(weight: float) -> float:
+        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    if mscale and mscale_all_dim:
+        return sharpness(mscale) / sharpness(mscale_all_dim)
+    return sharpness(1.0)
 
 
 def _scale_llama3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
@@ -85,6 +116,29 @@ def _scale_llama3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
     between = (1 - smooth) * frequencies / factor + smooth * frequencies
     scaled = torch.where(wavelength > length / low, frequencies / factor, between)
     return torch.where(wavelength < length / high, frequencies, scaled)
+
+
+def _scale_yarn(frequencies: Tensor, head_dim: int, theta: float, scaling: RopeScaling) -> Tensor:
+    factor = _positive("scaling.factor", scaling.factor)
+    length = _positive("scaling.original_max_position", scaling.original_max_position)
+    fast = _positive("scaling.beta_fast", scaling.beta_fast)
+    slow = _positive("scaling.beta_slow", scaling.beta_slow)
+    if fast < slow:
+        raise ValueError(f"scaling.beta_fast: expected at least {slow} (beta_slow), got {fast}")
+    if theta <= 1:
+        raise ValueError(f"theta: yarn expects more than 1, got {theta}")
+
+    def index_that_turns(times: float) -> float:
+        """i at which `length` positions turn `times` times: length * theta^(-2i / D) = 2 pi n."""
+        return head_dim * math.log(length / (times * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = index_that_turns(fast), index_that_turns(slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    width = high - low or 0.001  # a step, where both are the same index
+    ramp = ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
+    return frequencies / factor * ramp + frequencies * (1 - ramp)
 
 
 def _checked_factors(factors: tuple[float, ...], expected: int) -> Tensor:

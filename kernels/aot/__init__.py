@@ -1,8 +1,14 @@
 """Every kernel with the signatures it is launched with, compiled ahead of time for its targets."""
 
-from millrace.kernels.aot import attention, sampling
+from millrace.kernels.aot import activation, attention, kv_append, norm, sampling
 from millrace.kernels.aot.compiler import TARGETS, CompiledKernel, KernelSpec, Target, compile_spec
 
 __all__ = ["SPECS", "TARGETS", "CompiledKernel", "KernelSpec", "Target", "compile_spec"]
 
-SPECS: tuple[KernelSpec, ...] = (*attention.SPECS, *sampling.SPECS)
+SPECS: tuple[KernelSpec, ...] = (
+    *attention.SPECS,
+    *kv_append.SPECS,
+    *norm.SPECS,
+    *activation.SPECS,
+    *sampling.SPECS,
+)
