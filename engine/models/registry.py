@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from millrace.engine.errors import UnsupportedModel
-from millrace.kernels.kv_append import RopeScaling
+from millrace.kernels.rope import RopeScaling, yarn_attention_factor
 
 Config = dict[str, Any]
 
@@ -161,7 +161,27 @@ def _rope(config: Config) -> tuple[float, RopeScaling | None]:
             high_freq_factor=float(parameters["high_freq_factor"]),
             original_max_position=int(parameters["original_max_position_embeddings"]),
         )
-    raise UnsupportedModel(f"rope_type {kind!r}; Millrace runs default, linear and llama3")
+    if kind == "yarn":
+        return theta, _yarn(parameters, config)
+    raise UnsupportedModel(f"rope_type {kind!r}; Millrace runs default, linear, llama3 and yarn")
+
+
+def _yarn(parameters: Config, config: Config) -> RopeScaling:
+    """YaRN's fields, each optional but the factor; transformers' defaults are RopeScaling's."""
+    factor, sharpness = float(parameters["factor"]), parameters.get("attention_factor")
+    if sharpness is None:
+        weights = parameters.get("mscale"), parameters.get("mscale_all_dim")
+        sharpness = yarn_attention_factor(factor, *weights)
+    length = parameters.get("original_max_position_embeddings") or config["max_position_embeddings"]
+    return RopeScaling(
+        kind="yarn",
+        factor=factor,
+        original_max_position=int(length),
+        beta_fast=float(parameters.get("beta_fast") or 32.0),
+        beta_slow=float(parameters.get("beta_slow") or 1.0),
+        truncate=bool(parameters.get("truncate", True)),
+        attention_factor=float(sharpness),
+    )
 
 
 def _eos_ids(config: Config, generation_config: Config) -> tuple[int, ...]:

@@ -187,17 +187,36 @@ def _rope(keys: _Keys, head_dim: int, factors: list[float] | None) -> dict[str, 
         )
     theta = keys.number("rope.freq_base", DEFAULT_ROPE_THETA)
     kind = keys.text("rope.scaling.type", "linear")
-    if kind not in ("none", "linear"):
+    if kind not in ("none", "linear", "yarn"):
         raise UnsupportedModel(f"{keys.file}: {keys.arch}.rope.scaling.type {kind!r} is not served")
     factor = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 1.0))
     scaling: list[dict[str, Any]] = []
     if kind == "linear" and factor != 1.0:
         scaling.append({"rope_type": "linear", "factor": factor})
+    if kind == "yarn":
+        scaling.append(_yarn_scaling(keys, factor))
     if factors is not None and set(factors) != {1.0}:
         scaling.append(_llama3_scaling(factors, theta, head_dim, keys.file))
     if len(scaling) > 1:
-        raise UnsupportedModel(f"{keys.file}: linear rope scaling and {ROPE_FACTORS} together")
+        raise UnsupportedModel(f"{keys.file}: {kind} rope scaling and {ROPE_FACTORS} together")
     return {"rope_theta": theta} | ({"rope_scaling": scaling[0]} if scaling else {})
+
+
+def _yarn_scaling(keys: _Keys, factor: float) -> dict[str, Any]:
+    """YaRN as llama.cpp runs it for these architectures: with the paper's beta_fast and beta_slow.
+
+    Its attn_factor is a further one; that of config.json replaces the paper's, so holds both.
+    """
+    trained = keys.integer("rope.scaling.original_context_length", keys.integer("context_length"))
+    scaling = {
+        "rope_type": "yarn",
+        "factor": factor,
+        "original_max_position_embeddings": trained,
+    }
+    further = keys.number("rope.scaling.attn_factor", 1.0)
+    if further != 1.0:
+        scaling["attention_factor"] = further * (1.0 + 0.1 * math.log(max(factor, 1.0)))
+    return scaling
 
 
 def _llama3_scaling(

@@ -15,6 +15,12 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 64,
+}
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 SIZES = {
     "vocab_size": 199,
@@ -33,6 +39,7 @@ FAMILIES = {
     "llama2": (transformers.LlamaConfig, {"num_key_value_heads": 6, "tie_word_embeddings": False}),
     "llama3": (transformers.LlamaConfig, {"rope_parameters": LLAMA3_ROPE}),
     "llama_linear_rope": (transformers.LlamaConfig, {"rope_parameters": LINEAR_ROPE}),
+    "llama_yarn": (transformers.LlamaConfig, {"rope_parameters": YARN_ROPE}),
     "llama_with_biases": (transformers.LlamaConfig, {"attention_bias": True, "mlp_bias": True}),
     "smollm2": (transformers.LlamaConfig, {"tie_word_embeddings": True}),
     "mistral": (transformers.MistralConfig, {"sliding_window": 9}),

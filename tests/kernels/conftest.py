@@ -1,5 +1,5 @@
 """Cases that several test files share: a paged batch with the dense keys and values that it pages,
-and rows of logits of every kind with sampling parameters of every kind."""
+arguments of kv_append, and rows of logits of every kind with sampling parameters of every kind."""
 
 import math
 from dataclasses import dataclass
@@ -9,10 +9,14 @@ import torch
 from torch import Tensor
 
 from millrace.kernels.attention import AttentionBatch
+from millrace.kernels.rope import rope_table
 from millrace.kernels.slot_sampling import SlotSampling, SlotValues
 
 SPARE_SLOTS = 2
 SPARE_BLOCKS = 3
+APPEND_BLOCK_SIZE = 16
+APPEND_POSITIONS = 200
+GUARD = 64  # elements; a multiple of 16 bytes, so that pointers stay aligned
 
 
 @dataclass
@@ -74,6 +78,51 @@ def attention_case():
         return AttentionCase(q, k_cache, v_cache, batch, dense, block_size)
 
     return make
+
+
+@pytest.fixture
+def append_case():
+    """make(tokens, heads, kv_heads, head_dim, dtype): arguments of kv_append, caches of NaN."""
+
+    def make(num_tokens, heads, kv_heads, head_dim, dtype, *, norm=False, blocks=7):
+        norms = [torch.rand(head_dim).to(dtype) + 0.5 if norm else None for _ in range(2)]
+        shape = (blocks, APPEND_BLOCK_SIZE, kv_heads, head_dim)
+        return {
+            "qkv": torch.randn(num_tokens, (heads + 2 * kv_heads) * head_dim).to(dtype),
+            "positions": torch.randint(0, APPEND_POSITIONS, (num_tokens,)),
+            "write_index": torch.randperm(blocks * APPEND_BLOCK_SIZE)[:num_tokens],
+            "cos_sin": rope_table(head_dim, APPEND_POSITIONS, 10000.0),
+            "k_cache": torch.full(shape, float("nan"), dtype=dtype),
+            "v_cache": torch.full(shape, float("nan"), dtype=dtype),
+            "num_heads": heads,
+            "q_norm_weight": norms[0],
+            "k_norm_weight": norms[1],
+            "eps": 1e-6,
+        }
+
+    return make
+
+
+@pytest.fixture
+def guarded_outputs(monkeypatch):
+    """What a launcher allocates starts as NaN, between NaNs that the kernel must not touch."""
+    buffers = []
+
+    def empty(*sizes, dtype=torch.float32, device="cpu"):
+        shape = torch.Size(sizes if isinstance(sizes[0], int) else sizes[0])
+        length = shape.numel() + 2 * GUARD
+        buffers.append(torch.full((length,), float("nan"), dtype=dtype, device=device))
+        return buffers[-1][GUARD:-GUARD].view(shape)
+
+    def empty_like(x):
+        return empty(x.shape, dtype=x.dtype, device=x.device)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(torch, "empty_like", empty_like)
+    yield
+    assert buffers, "nothing was allocated"
+    for buffer in buffers:
+        assert buffer[:GUARD].isnan().all() and buffer[-GUARD:].isnan().all()
 
 
 @dataclass

@@ -4,28 +4,11 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
-from millrace.kernels.kv_append import kv_append, kv_append_reference, rope_table
+from millrace.kernels.attention import KVScales
+from millrace.kernels.kv_append import FP8, kv_append, kv_append_reference, to_fp8
 
-BLOCKS, BLOCK_SIZE = 7, 16
+BLOCKS, BLOCK_SIZE = 7, 16  # of append_case
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def case(num_tokens, heads, kv_heads, head_dim, dtype, *, norm=False):
-    """Arguments of kv_append, with caches of NaN."""
-    norms = [torch.rand(head_dim).to(dtype) + 0.5 if norm else None for _ in range(2)]
-    shape = (BLOCKS, BLOCK_SIZE, kv_heads, head_dim)
-    return {
-        "qkv": torch.randn(num_tokens, (heads + 2 * kv_heads) * head_dim).to(dtype),
-        "positions": torch.randint(0, 200, (num_tokens,)),
-        "write_index": torch.randperm(BLOCKS * BLOCK_SIZE)[:num_tokens],
-        "cos_sin": rope_table(head_dim, 200, 10000.0),
-        "k_cache": torch.full(shape, float("nan"), dtype=dtype),
-        "v_cache": torch.full(shape, float("nan"), dtype=dtype),
-        "num_heads": heads,
-        "q_norm_weight": norms[0],
-        "k_norm_weight": norms[1],
-        "eps": 1e-6,
-    }
 
 
 def expected_by_transformers(arguments, heads, kv_heads):
@@ -52,9 +35,9 @@ def expected_by_transformers(arguments, heads, kv_heads):
 @pytest.mark.parametrize("form", [kv_append, kv_append_reference])
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "qk_norm"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_query_and_cache_rows_are_those_of_transformers(form, norm, dtype):
+def test_query_and_cache_rows_are_those_of_transformers(append_case, form, norm, dtype):
     heads, kv_heads = 6, 2
-    arguments = case(33, heads, kv_heads, 64, dtype, norm=norm)
+    arguments = append_case(33, heads, kv_heads, 64, dtype, norm=norm)
     before = arguments["qkv"].clone()
     q = form(**arguments)
     rows = {name: arguments[name].flatten(0, 1) for name in ("k_cache", "v_cache")}
@@ -74,8 +57,8 @@ def test_query_and_cache_rows_are_those_of_transformers(form, norm, dtype):
     "heads,kv_heads,head_dim", [(1, 1, 2), (9, 3, 64), (4, 4, 80), (8, 1, 128)]
 )
 @pytest.mark.parametrize("num_tokens", [1, 63])
-def test_fast_form_agrees_with_the_definition(num_tokens, heads, kv_heads, head_dim):
-    fast = case(num_tokens, heads, kv_heads, head_dim, torch.bfloat16)
+def test_fast_form_agrees_with_the_definition(append_case, num_tokens, heads, kv_heads, head_dim):
+    fast = append_case(num_tokens, heads, kv_heads, head_dim, torch.bfloat16)
     slow = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in fast.items()}
     tolerance = {"rtol": torch.finfo(torch.bfloat16).eps, "atol": 1e-6}  # one step: a fused a*b+c
     torch.testing.assert_close(kv_append(**fast), kv_append_reference(**slow), **tolerance)
@@ -85,8 +68,8 @@ def test_fast_form_agrees_with_the_definition(num_tokens, heads, kv_heads, head_
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("head_dim", [64, 80])
-def test_a_token_has_the_same_bits_alone_and_among_others(head_dim, dtype):
-    arguments = case(33, 6, 2, head_dim, dtype)
+def test_a_token_has_the_same_bits_alone_and_among_others(append_case, head_dim, dtype):
+    arguments = append_case(33, 6, 2, head_dim, dtype)
     together = kv_append(**arguments)
     for t in range(33):
         one = {name: arguments[name][t : t + 1] for name in ("qkv", "positions", "write_index")}
@@ -98,16 +81,16 @@ def test_a_token_has_the_same_bits_alone_and_among_others(head_dim, dtype):
         assert torch.equal(k_cache.flatten(0, 1)[row], written)
 
 
-def test_worked_example_of_the_docstring():
+def test_worked_example_of_the_docstring(append_case):
     """Position 37 of a sequence in blocks (5, 9, 4) is written to block 4, offset 5: row 69."""
-    arguments = case(1, 1, 1, 4, torch.float32)
+    arguments = append_case(1, 1, 1, 4, torch.float32)
     arguments["positions"], arguments["write_index"] = torch.tensor([37]), torch.tensor([69])
     kv_append(**arguments)
     assert torch.equal(arguments["v_cache"][4, 5, 0], arguments["qkv"][0, 8:])
 
 
-def test_no_tokens_write_nothing():
-    arguments = case(0, 3, 1, 8, torch.float32)
+def test_no_tokens_write_nothing(append_case):
+    arguments = append_case(0, 3, 1, 8, torch.float32)
     assert kv_append(**arguments).shape == (0, 3, 8)
     assert arguments["k_cache"].isnan().all()
 
@@ -125,21 +108,80 @@ def test_no_tokens_write_nothing():
     ],
     ids=lambda value: value if isinstance(value, str) else str(tuple(value.shape)),
 )
-def test_an_argument_that_does_not_fit_is_named(name, bad):
-    arguments = case(3, 4, 1, 8, torch.float32)
+def test_an_argument_that_does_not_fit_is_named(append_case, name, bad):
+    arguments = append_case(3, 4, 1, 8, torch.float32)
     with pytest.raises(ValueError, match=name):
         kv_append(**{**arguments, name: bad})
 
 
-def test_one_norm_weight_without_the_other_is_refused():
-    arguments = case(3, 4, 1, 8, torch.float32)
+def test_one_norm_weight_without_the_other_is_refused(append_case):
+    arguments = append_case(3, 4, 1, 8, torch.float32)
     with pytest.raises(ValueError, match="k_norm_weight"):
         kv_append(**{**arguments, "q_norm_weight": torch.ones(8)})
 
 
-def test_a_write_outside_the_cache_raises_and_corrupts_nothing():
-    arguments = case(1, 4, 1, 8, torch.float32)
+def test_a_write_outside_the_cache_raises_and_corrupts_nothing(append_case):
+    arguments = append_case(1, 4, 1, 8, torch.float32)
     arguments["write_index"] = torch.tensor([BLOCKS * BLOCK_SIZE])
     with pytest.raises(IndexError):
         kv_append(**arguments)
     assert arguments["k_cache"].isnan().all()
+
+
+@pytest.mark.parametrize("form", [kv_append, kv_append_reference])
+def test_a_padded_token_writes_no_row_and_leaves_the_others_alone(append_case, form):
+    arguments = append_case(33, 6, 2, 16, torch.float32)
+    alone = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+    real = torch.arange(33) % 3 == 1
+    for name in ("qkv", "positions", "write_index"):
+        alone[name] = alone[name][real]
+    arguments["write_index"][~real] = -1
+    assert torch.equal(form(**arguments)[real], form(**alone))
+    for name in ("k_cache", "v_cache"):
+        torch.testing.assert_close(arguments[name], alone[name], equal_nan=True, rtol=0, atol=0)
+
+
+def with_fp8_caches(arguments):
+    """The same arguments with caches of e4m3 NaN, and scales that differ from head to head."""
+    shape = arguments["k_cache"].shape
+    scales = [2.0 ** torch.arange(-7, shape[2] - 7) * 1.3 ** torch.arange(shape[2]) for _ in "kv"]
+    caches = [torch.full(shape, 0x7F, dtype=torch.uint8).view(FP8) for _ in "kv"]
+    fp8 = {"k_cache": caches[0], "v_cache": caches[1], "kv_scales": KVScales(*scales)}
+    return arguments | fp8
+
+
+@pytest.mark.parametrize("form", [kv_append, kv_append_reference])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_fp8_cache_holds_what_a_plain_one_would_rounded_to_e4m3(append_case, form, dtype):
+    plain = append_case(33, 6, 2, 16, dtype, norm=True)
+    fp8 = with_fp8_caches(plain)
+    fp8["write_index"] = plain["write_index"].clone()
+    fp8["write_index"][5] = -1
+    assert torch.equal(form(**plain), form(**fp8))
+    written = fp8["write_index"] >= 0
+    rows = plain["write_index"][written]
+    for name, scale in (("k_cache", fp8["kv_scales"].key), ("v_cache", fp8["kv_scales"].value)):
+        stored = fp8[name].view(torch.uint8).flatten(0, 1)
+        expected = to_fp8(plain[name].flatten(0, 1)[rows], scale).view(torch.uint8)
+        assert torch.equal(stored[rows], expected)
+        stored[rows] = 0x7F
+        assert (stored == 0x7F).all(), "nothing else was written"
+
+
+def test_fp8_rounds_to_the_nearest_and_saturates():
+    x = torch.tensor([[1.0, 17.0, 1e6, -torch.inf, 2.0**-10, 3 * 2.0**-10]])  # scaled: halved
+    stored = to_fp8(x, torch.tensor([2.0]))
+    # 8.5 lies in the middle of 8 and 9; 2^-11 is nearer to 0 than to 2^-9, 3 * 2^-11 is not.
+    assert stored.float().tolist() == [[0.5, 8.0, 448.0, -448.0, 0.0, 2.0**-9]]
+
+
+def test_scales_belong_to_fp8_caches_and_to_their_heads(append_case):
+    plain = append_case(3, 4, 2, 8, torch.float32)
+    fp8 = with_fp8_caches(plain)
+    wrong = KVScales(torch.ones(3), torch.ones(2))
+    with pytest.raises(ValueError, match="kv_scales: expected with a float8"):
+        kv_append(**plain, kv_scales=fp8["kv_scales"])
+    with pytest.raises(ValueError, match="kv_scales: expected with a float8"):
+        kv_append(**(fp8 | {"kv_scales": None}))
+    with pytest.raises(ValueError, match=r"kv_scales\.key: expected \[2\]"):
+        kv_append(**(fp8 | {"kv_scales": wrong}))

@@ -108,8 +108,8 @@ def test_missing_config_key_is_named():
 
 def test_rope_that_is_not_implemented_is_refused(tiny_model):
     checkpoint = open_checkpoint(tiny_model.path)
-    config = checkpoint.config | {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}
-    with pytest.raises(UnsupportedModel, match="yarn"):
+    config = checkpoint.config | {"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}
+    with pytest.raises(UnsupportedModel, match="longrope"):
         model_config(config, {})
 
 

@@ -115,6 +115,20 @@ def test_linear_scaling_in_each_spelling(changes) -> None:
     assert read(llama(**changes))["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
 
 
+def test_yarn_scaling_with_its_defaults_and_without() -> None:
+    yarn = {"rope__scaling__type": "yarn", "rope__scaling__factor": 4.0}
+    found = read(llama(**yarn))["rope_scaling"]
+    assert found == {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 8192,  # context_length
+    }
+    full = {"rope__scaling__original_context_length": 2048, "rope__scaling__attn_factor": 0.5}
+    found = read(llama(**yarn, **full))["rope_scaling"]
+    assert found["original_max_position_embeddings"] == 2048
+    assert found["attention_factor"] == pytest.approx(0.5 * (1 + 0.1 * math.log(4.0)))
+
+
 def test_no_scaling_is_no_scaling() -> None:
     assert "rope_scaling" not in read(llama(rope__scaling__type="none", rope__scaling__factor=4.0))
     assert "rope_scaling" not in read(llama(), factors=[1.0] * 8)
@@ -183,7 +197,7 @@ def test_a_window_makes_a_mistral_and_one_as_long_as_the_context_nothing() -> No
         ({"attention__layer_norm_rms_epsilon": 0.0}, WeightsError, "rms_epsilon is 0.0"),
         ({"rope__freq_base": math.nan}, WeightsError, "rope.freq_base is nan"),
         ({"rope__freq_base": 1e300}, WeightsError, "rope.freq_base is 1e"),
-        ({"rope__scaling__type": "yarn"}, UnsupportedModel, "rope.scaling.type 'yarn'"),
+        ({"rope__scaling__type": "longrope"}, UnsupportedModel, "rope.scaling.type 'longrope'"),
         ({"rope__dimension_count": 8}, UnsupportedModel, "partial rotary"),
         ({"attention__value_length": 8}, UnsupportedModel, "value_length"),
         ({"expert_count": 8}, UnsupportedModel, "mixtures of experts"),
