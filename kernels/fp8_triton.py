@@ -12,6 +12,7 @@ _FP8_MAX = tl.constexpr(448.0)
 _SMALLEST_NORMAL = tl.constexpr(2.0**-6)
 _SUBNORMAL_SHIFT = tl.constexpr(2.0**14)  # float32 has steps of 2^-9 here
 _DROPPED_BITS = tl.constexpr(23 - 3)
+_BELOW_HALF = tl.constexpr((1 << (23 - 3 - 1)) - 1)  # of a step; half, if the last bit kept is odd
 _BIAS_DIFFERENCE = tl.constexpr((127 - 7) << 3)
 _NAN = tl.constexpr(0x7F)
 
@@ -24,8 +25,8 @@ def encode_e4m3(b_x):
     """
     b_abs = tl.minimum(tl.abs(b_x), _FP8_MAX)
     b_bits = b_abs.to(tl.int32, bitcast=True)
-    b_half = (1 << (_DROPPED_BITS - 1)) - 1 + ((b_bits >> _DROPPED_BITS) & 1)
-    b_normal = ((b_bits + b_half) >> _DROPPED_BITS) - _BIAS_DIFFERENCE
+    b_bits += _BELOW_HALF + ((b_bits >> _DROPPED_BITS) & 1)
+    b_normal = (b_bits >> _DROPPED_BITS) - _BIAS_DIFFERENCE
     # Adding 2^14 rounds to its steps, which leaves the subnormal's mantissa in the lowest bits.
     b_subnormal = (b_abs + _SUBNORMAL_SHIFT).to(tl.int32, bitcast=True) & 0xF
     b_code = tl.where(b_abs < _SMALLEST_NORMAL, b_subnormal, b_normal)

@@ -76,7 +76,7 @@ def _read(name: str, config: Config, features: Config, eos_ids: tuple[int, ...])
         num_kv_heads=config.get("num_key_value_heads") or num_heads,
         head_dim=config.get("head_dim") or config["hidden_size"] // num_heads,
         vocab_size=config["vocab_size"],
-        max_context=config["max_position_embeddings"],
+        max_context=_max_context(config, scaling),
         rms_norm_eps=config["rms_norm_eps"],
         rope_theta=theta,
         rope_scaling=scaling,
@@ -182,6 +182,14 @@ def _yarn(parameters: Config, config: Config) -> RopeScaling:
         truncate=bool(parameters.get("truncate", True)),
         attention_factor=float(sharpness),
     )
+
+
+def _max_context(config: Config, scaling: RopeScaling | None) -> int:
+    """With YaRN what it stretches to: Qwen's files then still say what the model was trained on."""
+    stated = int(config["max_position_embeddings"])
+    if scaling is None or scaling.kind != "yarn":
+        return stated
+    return max(stated, int(scaling.factor * scaling.original_max_position))
 
 
 def _eos_ids(config: Config, generation_config: Config) -> tuple[int, ...]:

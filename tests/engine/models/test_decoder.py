@@ -15,6 +15,7 @@ from millrace.engine.weights.checkpoint import open_checkpoint
 from millrace.engine.weights.locate import ModelLocation
 from millrace.kernels.attention import AttentionBatch
 from millrace.kernels.dispatch import operations
+from millrace.kernels.rope import RopeScaling, yarn_attention_factor
 
 BLOCK_SIZE = 16
 CPU = torch.device("cpu")
@@ -111,6 +112,34 @@ def test_rope_that_is_not_implemented_is_refused(tiny_model):
     config = checkpoint.config | {"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}
     with pytest.raises(UnsupportedModel, match="longrope"):
         model_config(config, {})
+
+
+def test_yarn_is_read_with_its_defaults_and_stretches_the_context(tiny_llama):
+    config = open_checkpoint(tiny_llama.path).config  # 512 positions
+    yarn = {"rope_type": "yarn", "factor": 4.0}
+    read = model_config(config | {"rope_parameters": yarn}, {})
+    assert read.rope_scaling == RopeScaling(
+        "yarn", 4.0, original_max_position=512, attention_factor=yarn_attention_factor(4.0)
+    )
+    assert read.max_context == 2048
+    chosen = {
+        "original_max_position_embeddings": 64,
+        "attention_factor": 1.5,
+        "beta_fast": 16,
+        "beta_slow": 2,
+        "truncate": False,
+    }
+    read = model_config(config | {"rope_parameters": yarn | chosen}, {})
+    assert read.rope_scaling == RopeScaling(
+        "yarn",
+        4.0,
+        original_max_position=64,
+        attention_factor=1.5,
+        beta_fast=16.0,
+        beta_slow=2.0,
+        truncate=False,
+    )
+    assert read.max_context == 512
 
 
 def test_mis_shaped_tensor_is_named(tiny_model):
