@@ -90,13 +90,17 @@ def to_fp8(x: Tensor, scale: Tensor) -> Tensor:
 
 
 def _write_rows(cache: Tensor, write_index: Tensor, rows: Tensor) -> None:
-    """Row t of rows [T, G, D] to row write_index[t] of the cache, padding left out."""
+    """Row t of rows [T, G, D] to row write_index[t] of the cache, padding left out.
+
+    A negative index is an error to PyTorch: on a CPU one that can be caught, so that batches
+    without padding need not be searched for it; on a GPU padding is for the Triton form alone.
+    """
     if cache.dtype == FP8:  # which index_copy_ does not know
         cache, rows = cache.view(torch.uint8), rows.view(torch.uint8)
     cache_rows = cache.flatten(0, 1)
     try:
         cache_rows.index_copy_(0, write_index, rows)
-    except IndexError:  # a CPU's batch has no padding but in tests: do not look for it first
+    except IndexError:
         written = write_index >= 0
         cache_rows.index_copy_(0, write_index[written], rows[written])
 

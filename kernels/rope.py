@@ -92,8 +92,8 @@ def yarn_attention_factor(
 ) -> float:
     """What YaRN multiplies cosines and sines by, so that attention is as sharp as before.
 
-    0.1 ln(factor) + 1, equation 22 of the paper. DeepSeek's models name two weights of the
-    logarithm instead, and the quotient of both is taken.
+    0.1 ln(factor) + 1, as the paper found. DeepSeek's models name two weights of the logarithm
+    instead, and the quotient of both is taken.
     """
 
     def sharpness(weight: float) -> float:
