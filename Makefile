@@ -4,6 +4,7 @@
 #   make test    every test that needs no GPU, in under ten minutes on two cores
 #   make serve   the server, until it is interrupted
 #   make bench   throughput, latency and their ratios (docs/performance.md)
+#   make gpu-suite   on a GPU: the kernels' tests and benchmarks; ARGS="--only norm", ARGS=--dry-run
 #   make check   format, lint and types
 #   make proto   the generated stubs, after a change of a .proto file
 #   make slow    the tests that take too long for `make test`
@@ -16,7 +17,7 @@ LINKS := build/typing/millrace
 # Threads of torch that spin while they wait starve the servers which the tests start.
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: demo test serve bench check format proto slow clean
+.PHONY: demo test serve bench gpu-suite check format proto slow clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.run
@@ -27,6 +28,9 @@ serve: $(VENV)/.run
 
 bench: $(VENV)/.dev
 	$(BIN)/millrace bench $(ARGS)
+
+gpu-suite: $(VENV)/.dev
+	$(BIN)/python -P -u -m millrace.perf.gpu_suite --out build/gpu_suite $(ARGS)
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "not slow" --ignore=tests/kernels/interpreter

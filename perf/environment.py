@@ -7,6 +7,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -15,7 +16,7 @@ LIBRARIES = ("millrace", "torch", "triton", "transformers", "grpcio", "numpy")
 
 
 def environment(seed: int) -> dict[str, str | int | float | None]:
-    """Commit, processor, versions, seed and command."""
+    """Commit, processor, versions, seed, command and time."""
     found: dict[str, str | int | float | None] = {
         "commit": _commit(),
         "cpu": _cpu_name(),
@@ -25,6 +26,7 @@ def environment(seed: int) -> dict[str, str | int | float | None]:
         "platform": platform.platform(),
         "seed": seed,
         "command": shlex.join(sys.argv),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     for library in LIBRARIES:
         try:

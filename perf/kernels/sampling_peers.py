@@ -1,0 +1,92 @@
+"""Other ways to sample: a sort in torch's operations, and FlashInfer's rejection kernels.
+
+They draw with other noise, so their tokens are not those of the reference; the check is that each
+lies in the set that the reference keeps. Both give logprobs from a log_softmax over the row, where
+a case asks for them.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from millrace.kernels.sampling import kept_tokens
+from millrace.perf.kernels.case import Absent, Call, Outputs, Provider
+from millrace.perf.kernels.logits import SamplingInputs
+from millrace.perf.kernels.providers import ON_CPU
+
+NUM_TOP = 5
+
+
+def torch_sort() -> Provider:
+    """What an engine without kernels does: sort, cut, softmax, and the exponential race."""
+    return Provider(_torch_sort, check=_tokens_are_kept)
+
+
+def _torch_sort(x: SamplingInputs) -> Call:
+    values, logits = x.mode.values, x.logits
+
+    def draw() -> Tensor:
+        if values.top_k == 0 and values.top_p == 1.0:
+            return _race(logits.softmax(-1))
+        ordered, ids = logits.sort(dim=-1, descending=True)
+        if values.top_k:
+            ordered[:, values.top_k :] = -torch.inf
+        probabilities = ordered.softmax(-1)
+        before = probabilities.cumsum(-1) - probabilities
+        probabilities.masked_fill_(before >= values.top_p, 0.0)
+        return ids.gather(1, _race(probabilities).unsqueeze(1)).squeeze(1)
+
+    return lambda: _with_logprobs(x, draw())
+
+
+def _race(probabilities: Tensor) -> Tensor:
+    """argmax(p / e), e exponential: one draw a row from p without a sum or a host wait."""
+    return (probabilities / torch.empty_like(probabilities).exponential_()).argmax(-1)
+
+
+def flashinfer(device: torch.device) -> Provider | Absent:
+    """FlashInfer's samplers, top-k first as here."""
+    if device.type != "cuda":
+        return ON_CPU
+    if find_spec("flashinfer") is None:
+        return Absent("flashinfer is not installed")
+    return Provider(_flashinfer, check=_tokens_are_kept)
+
+
+def _flashinfer(x: SamplingInputs) -> Call:
+    library: Any = import_module("flashinfer.sampling")
+    values = x.mode.values
+
+    def draw() -> Any:
+        if values.top_k:
+            return library.top_k_top_p_sampling_from_logits(
+                x.logits, values.top_k, values.top_p, filter_apply_order="top_k_first"
+            )
+        if values.top_p < 1.0:
+            return library.top_p_sampling_from_probs(x.logits.softmax(-1), values.top_p)
+        return library.sampling_from_logits(x.logits)
+
+    return lambda: _with_logprobs(x, draw())
+
+
+def _with_logprobs(x: SamplingInputs, token_ids: Tensor) -> Outputs:
+    if not x.mode.logprobs:
+        return (token_ids,)
+    logprobs = x.logits.log_softmax(-1)
+    chosen = logprobs.gather(1, token_ids.long().unsqueeze(1))
+    return token_ids, chosen, (logprobs > chosen).sum(-1), *logprobs.topk(NUM_TOP)
+
+
+def _tokens_are_kept(x: SamplingInputs, got: Outputs, wanted: Outputs) -> str:
+    values = x.mode.values
+    min_p = x.logits.new_tensor(values.min_p)
+    for i_row, token_id in enumerate(got[0].tolist()):
+        kept = kept_tokens(x.logits[i_row], values.top_k, values.top_p, min_p)
+        if token_id not in kept.tolist():
+            return f"row {i_row}: token {token_id} is not among the {len(kept)} that are kept"
+    return ""

@@ -1,0 +1,76 @@
+"""A line chart as SVG, without a library: shares of a ceiling over batch, context or rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+
+WIDTH, HEIGHT = 720, 420
+LEFT, RIGHT, TOP, BOTTOM = 60, 190, 40, 50  # margins; the legend stands in the right one
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+TICKS_Y = (0.0, 0.25, 0.5, 0.75, 1.0)
+TOP_SHARE = 1.1
+
+Points = Sequence[tuple[float, float]]
+Place = Callable[[float, float], tuple[float, float]]
+"""(x, share) -> its place in the picture."""
+
+
+def line_chart(
+    title: str, x_label: str, series: Mapping[str, Points], goal: float | None = None
+) -> str:
+    """`series` maps a name to (x, share) points, x positive on a logarithmic axis to base 2."""
+    xs = sorted({x for points in series.values() for x, _ in points})
+    low, high = math.log2(xs[0]), math.log2(xs[-1])
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        along = (math.log2(x) - low) / (high - low) if high > low else 0.5
+        across = min(max(y, 0.0), TOP_SHARE) / TOP_SHARE
+        plot_width, plot_height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
+        return LEFT + along * plot_width, HEIGHT - BOTTOM - across * plot_height
+
+    body = [_text(WIDTH / 2, 22, title, "middle", 15), *_axes(xs, x_label, at)]
+    if goal is not None:
+        (x1, y), (x2, _) = at(xs[0], goal), at(xs[-1], goal)
+        body.append(_line(x1, y, x2, y, "#666", "6 4"))
+        body.append(_text(WIDTH - RIGHT + 8, y + 4, f"goal {goal:.0%}"))
+    for i, (name, points) in enumerate(series.items()):
+        colour = COLOURS[i % len(COLOURS)]
+        places = [at(x, y) for x, y in sorted(points)]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+        body.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        body += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in places]
+        y = HEIGHT - BOTTOM - 18 * (len(series) - i)
+        body.append(_line(WIDTH - RIGHT + 30, y, WIDTH - RIGHT + 50, y, colour))
+        body.append(_text(WIDTH - RIGHT + 56, y + 4, name))
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}"'
+    style = 'font-family="sans-serif" font-size="12"'
+    white = f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>'
+    return "\n".join([f"{head} {style}>", white, *body, "</svg>"]) + "\n"
+
+
+def _axes(xs: Sequence[float], x_label: str, at: Place) -> list[str]:
+    """Both axes with their labels and a faint line at each share."""
+    found = []
+    for share in TICKS_Y:
+        y = at(xs[0], share)[1]
+        found.append(_line(LEFT, y, WIDTH - RIGHT, y, "#ddd"))
+        found.append(_text(LEFT - 8, y + 4, f"{share:.0%}", "end"))
+    for x in xs:
+        place, bottom = at(x, 0.0)
+        found.append(_line(place, bottom, place, bottom + 5, "#333"))
+        found.append(_text(place, bottom + 20, f"{x:g}", "middle"))
+    found.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 10, x_label, "middle"))
+    return found
+
+
+def _line(x1: float, y1: float, x2: float, y2: float, colour: str, dash: str = "") -> str:
+    ends = f'x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"'
+    dashed = f' stroke-dasharray="{dash}"' if dash else ""
+    return f'<line {ends} stroke="{colour}" stroke-width="1.5"{dashed}/>'
+
+
+def _text(x: float, y: float, words: str, anchor: str = "start", size: int = 12) -> str:
+    place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}"'
+    return f"<text {place}>{escape(words)}</text>"

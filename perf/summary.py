@@ -1,0 +1,123 @@
+"""DIR/summary.md and its plots, of whatever part files are in a folder of the GPU suite."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from millrace.perf.plot import line_chart
+from millrace.perf.results import FAILED, PartResult, load
+
+FACTS = ("device", "driver_version", "clocks.sm", "torch", "triton", "commit", "seed", "time")
+HEADINGS = ("kernel", "case", "provider", "us (p20 to p80)", "share", "at size", "goal", "reached")
+
+
+@dataclass(frozen=True, slots=True)
+class Plot:
+    """Shares of the cases of `kernel` whose name begins with `cases`, over one of their numbers.
+
+    The other numbers are held at the value that most of the cases have.
+    """
+
+    name: str
+    part: str
+    kernel: str
+    cases: str
+    over: str
+
+
+PLOTS = (
+    Plot("decode-by-context", "attention", "paged_attention", "decode b", "context"),
+    Plot("decode-by-batch", "attention", "paged_attention", "decode b", "batch"),
+    Plot("prefill-by-context", "attention", "paged_attention", "prefill", "context"),
+    Plot("sampling-plain", "sampling", "sampling", "plain, real", "batch"),
+    Plot("sampling-top-k-top-p", "sampling", "sampling", "top-k top-p, real", "batch"),
+    Plot("matmul-8b-gate-up", "matmul", "matmul", "8B gate_up", "rows"),
+    Plot("norm-by-hidden", "norm", "add_rms_norm", "", "hidden"),
+)
+
+
+def write_summary(folder: Path, parts: Sequence[str]) -> None:
+    """Files of parts that never ran are missing; the summary says so."""
+    lines = ["# GPU suite", ""]
+    for part in parts:
+        result = load(folder, part)
+        if result is None:
+            lines += [f"## {part}", "", "not run", ""]
+            continue
+        lines += [f"## {part}", "", *_head(result), "", *_body(result), ""]
+        for plot in (plot for plot in PLOTS if plot.part == part):
+            if _draw(folder, plot, result):
+                lines += [f"![{plot.name}]({plot.name}.svg)", ""]
+    (folder / "summary.md").write_text("\n".join(lines))
+
+
+def _head(result: PartResult) -> list[str]:
+    facts = [f"{name} {result.environment.get(name)}" for name in FACTS]
+    said = f": {result.note}" if result.note else ""
+    head = [f"**{result.status}**{said} ({result.seconds:.0f} s)", "", "; ".join(facts)]
+    if result.environment.get("device") == "cpu":
+        head += ["", "A dry run on a CPU: the times prove that the suite runs and are no speeds."]
+    return head
+
+
+def _body(result: PartResult) -> list[str]:
+    if result.part == "correctness":
+        counts = Counter(row["status"] for row in result.rows if row["status"] != "reason")
+        reasons = {row["test"]: row["note"] for row in result.rows if row["status"] == "reason"}
+        failed = [row["test"] for row in result.rows if row["status"] == FAILED]
+        listed = [f"- {test} {reasons.get(test, '')}" for test in failed]
+        return [", ".join(f"{count} {status}" for status, count in counts.items()), "", *listed]
+    if result.part == "ceilings":
+        rates = (f"{row['rate_per_s'] / 1e12:.3f} T/s" for row in result.rows)
+        return [
+            f"- {row['name']}, {row['work']:,d}: {rate}"
+            for row, rate in zip(result.rows, rates, strict=True)
+        ]
+    return [
+        "| " + " | ".join(HEADINGS) + " |",
+        "|" + "---|" * len(HEADINGS),
+        *("| " + " | ".join(_cells(row)) + " |" for row in result.rows),
+    ]
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    names = [row["kernel"], row["case"], row["provider"]]
+    goal = "" if row["goal"] is None else f"{row['goal']:.0%}"
+    if row["median_us"] is None:
+        return [*names, f"{row['status']}: {row['note']}".replace("|", "/"), "", "", goal, ""]
+    spread = f"{row['median_us']:.2f} ({row['p20_us']:.2f} to {row['p80_us']:.2f})"
+    at_size = "" if row["share_at_size"] is None else f"{row['share_at_size']:.1%}"
+    reached = {None: "", True: "yes", False: "**no**"}[row["ok"]]
+    return [*names, spread, f"{row['share']:.1%}", at_size, goal, reached]
+
+
+def _draw(folder: Path, plot: Plot, result: PartResult) -> bool:
+    """Write the plot's SVG; False where no row belongs to it."""
+    rows = [
+        row
+        for row in result.rows
+        if row["kernel"] == plot.kernel
+        and row["case"].startswith(plot.cases)
+        and row["median_us"] is not None
+    ]
+    if not rows:
+        return False
+    others = [name for name in rows[0]["axes"] if name != plot.over]
+    held = {
+        name: Counter(row["axes"][name] for row in rows).most_common(1)[0][0] for name in others
+    }
+    series: dict[str, list[tuple[float, float]]] = {}
+    goal = None
+    for row in rows:
+        if all(row["axes"][name] == value for name, value in held.items()):
+            series.setdefault(row["provider"], []).append((row["axes"][plot.over], row["share"]))
+            goal = goal or row["goal"]
+    words = ", ".join(f"{name} {value}" for name, value in held.items())
+    title = f"{plot.kernel}, {plot.cases or 'all cases'}" + (f" ({words})" if words else "")
+    text = line_chart(f"{title}: share of the ceiling", plot.over, series, goal)
+    (folder / f"{plot.name}.svg").write_text(text)
+    return True
