@@ -1,0 +1,248 @@
+"""The suite as it is called, on a CPU: parts in processes of their own, files, restart, summary."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+from millrace.perf.kernels import correctness
+from millrace.perf.kernels.session import Session, Skip
+from millrace.perf.plot import line_chart
+from millrace.perf.results import load
+
+ROOT = Path(__file__).resolve().parents[2]
+BENCHES = ("attention", "sampling", "matmul", "kv_append", "norm", "activation")
+DRY = ("--dry-run", "--seed", "3", "--commit", "c0ffee")
+LIMIT_S = 240  # on a busy machine; alone it takes some ten seconds
+
+
+def suite(*arguments, script="from millrace.perf import gpu_suite", path=()):
+    """Run it with `arguments`, after `script` had its say."""
+    code = f"{script}\nraise SystemExit(gpu_suite.main())"
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    old = os.environ.get("PYTHONPATH")
+    environment["PYTHONPATH"] = os.pathsep.join([*map(str, path), *([old] if old else [])])
+    command = [sys.executable, "-P", "-c", code, *map(str, arguments)]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=LIMIT_S, env=environment, cwd=ROOT
+    )
+
+
+@pytest.fixture(scope="module")
+def dry_run(tmp_path_factory):
+    """A whole run but for the tests, which are tested below."""
+    folder = tmp_path_factory.mktemp("suite")
+    done = suite("--out", folder, "--only", *BENCHES, *DRY)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def test_every_part_writes_its_rows_and_where_they_were_measured(dry_run):
+    for part in ("ceilings", *BENCHES):
+        result = load(dry_run, part)
+        assert result.status == "done" and result.rows, part
+        assert result.environment["device"] == "cpu"
+        assert result.environment["commit"] == "c0ffee" and result.environment["seed"] == 3
+        assert result.environment["torch"] == torch.__version__
+        assert result.environment["time"] and result.environment["command"]
+
+
+@pytest.mark.parametrize("part", ["attention", "sampling"])
+def test_our_kernels_pass_their_checks_in_the_interpreter(dry_run, part):
+    ours = [row for row in load(dry_run, part).rows if row["provider"] == "millrace"]
+    assert ours and {row["status"] for row in ours} == {"measured"}
+
+
+def test_the_summary_shows_every_part_and_its_plots(dry_run):
+    summary = (dry_run / "summary.md").read_text()
+    assert "## correctness\n\nnot run" in summary
+    for part in BENCHES:
+        assert f"## {part}" in summary
+    pictures = sorted(path.name for path in dry_run.glob("*.svg"))
+    assert "decode-by-batch.svg" in pictures
+    for name in pictures:
+        assert f"({name})" in summary
+        ElementTree.parse(dry_run / name)
+
+
+def test_one_part_can_be_run_again(dry_run):
+    before = {path.name: path.read_bytes() for path in dry_run.glob("*.json")}
+    assert suite("--out", dry_run, "--only", "norm", *DRY).returncode == 0
+    after = {path.name: path.read_bytes() for path in dry_run.glob("*.json")}
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {"ceilings.json", "norm.json"} and before.keys() == after.keys()
+    assert "decode-by-batch.svg" in (dry_run / "summary.md").read_text()
+
+
+MODULES = {
+    "crashing": """
+import os, signal
+def run(session):
+    session.record({"status": "measured", "kernel": "before the crash"})
+    os.kill(os.getpid(), signal.SIGSEGV)
+""",
+    "raising": "def run(session):\n    raise ValueError('no such kernel')\n",
+    "unwritten": "import nowhere_to_be_found\n",
+    "misspelt": "def run(session:\n",
+    "hanging": "import time\ndef run(session):\n    time.sleep(600)\n",
+    "slow": """
+def run(session):
+    while not session.out_of_time():
+        session.record({"status": "measured"})
+""",
+    "wrong": """
+import torch
+from millrace.perf.kernels.case import Case, Provider, close_to
+def double(x): return lambda: (2 * x,)
+def triple(x): return lambda: (3 * x,)
+def make(seed): return torch.ones(3)
+def run(session):
+    peers = {"millrace": Provider(triple)}
+    session.measure_all([
+        Case("double", "3", 1, 1, "memory", 0.9, make, make, double, peers, close_to(0.1), {})
+    ])
+""",
+    "good": "def run(session):\n    session.record({'status': 'measured'})\n",
+}
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory):
+    """A run of parts that end in every way there is: (the process, the folder)."""
+    folder = tmp_path_factory.mktemp("broken")
+    for name, text in MODULES.items():
+        (folder / f"part_{name}.py").write_text(text)
+    script = f"""
+from millrace.perf import gpu_suite
+from millrace.perf.gpu_suite import Part
+gpu_suite.GRACE_S = 1.0
+gpu_suite.PARTS = tuple(
+    Part(name, f"part_{{name}}", 1.0 if name in ("hanging", "slow") else 60.0, False)
+    for name in {tuple(MODULES)!r}
+)
+gpu_suite.write_summary = lambda folder, parts: None
+"""
+    return suite("--out", folder, *DRY, script=script, path=[folder]), folder
+
+
+@pytest.mark.parametrize(
+    ("part", "status", "note"),
+    [
+        ("crashing", "failed", "ended by SIGSEGV"),
+        ("raising", "failed", "ValueError: no such kernel"),
+        ("unwritten", "skipped", "needs nowhere_to_be_found"),
+        ("misspelt", "failed", "SyntaxError: '(' was never closed (part_misspelt.py, line 1)"),
+        ("hanging", "cut", "killed after 2 s"),
+        ("slow", "cut", ""),
+        ("wrong", "failed", "1 rows FAILED"),
+        ("good", "done", ""),
+    ],
+)
+def test_a_part_ends_for_itself_alone(broken, part, status, note):
+    result = load(broken[1], part)
+    assert (result.status, result.note) == (status, note), broken[0].stdout
+    assert result.environment["commit"] == "c0ffee"
+
+
+def test_a_crash_keeps_the_rows_before_it(broken):
+    assert load(broken[1], "crashing").rows == [
+        {"status": "measured", "kernel": "before the crash"}
+    ]
+
+
+def test_a_failed_check_gives_no_speed(broken):
+    (row,) = load(broken[1], "wrong").rows
+    assert row["status"] == "FAILED" and row["median_us"] is None
+
+
+def test_the_exit_code_tells_of_failed_parts(broken):
+    done = broken[0]
+    assert done.returncode == 1
+    assert done.stdout.splitlines()[-1].endswith("FAILED: crashing, raising, misspelt, wrong")
+
+
+def test_without_a_gpu_it_says_so(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    done = suite("--out", tmp_path, "--only", "norm")
+    assert done.returncode == 1
+    assert load(tmp_path, "norm").note == "RuntimeError: no GPU here; --dry-run runs on a CPU"
+
+
+def test_it_runs_from_a_checkout_that_is_not_installed(tmp_path):
+    for part in ("engine", "scheduler", "kernels", "perf", "client", "proto"):
+        (tmp_path / part).symlink_to(ROOT / part)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment["PYTHON"] = sys.executable
+    script = str(tmp_path / "perf" / "gpu_suite.sh")
+    command = ["sh", script, "--out", str(tmp_path / "out"), "--only", "ceilings", "--dry-run"]
+    subprocess.run(command, check=True, timeout=LIMIT_S, env=environment, capture_output=True)
+    assert json.loads((tmp_path / "out" / "ceilings.json").read_text())["status"] == "done"
+
+
+# ---------------------------------------------------------------- the tests as a part
+
+TESTS = """
+import pytest
+pytestmark = pytest.mark.gpu
+def test_holds(): pass
+def test_fails(): assert 1 == 2
+@pytest.mark.skip(reason="needs a GPU")
+def test_skipped(): pass
+"""
+
+
+def session_for(rows, dry_run=False):
+    return Session(torch.device("cpu"), dry_run, 0, time.monotonic() + 60, rows.append)
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """write(text): a checkout with this one file of GPU tests."""
+    folder = tmp_path / correctness.TESTS
+    folder.mkdir(parents=True)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\naddopts = -ra\n")
+    monkeypatch.setattr(correctness, "ROOT", tmp_path)
+    return lambda text: (folder / "test_it.py").write_text(text)
+
+
+def test_a_failed_test_is_a_failed_row_with_its_reason(checkout):
+    checkout(TESTS)
+    rows = []
+    correctness.run(session_for(rows))
+    ends = {row["test"].partition("::")[2]: row["status"] for row in rows[:2]}
+    assert ends == {"test_holds": "passed", "test_fails": "FAILED"}
+    assert rows[2]["status"] == "reason" and "assert 1 == 2" in rows[2]["note"]
+
+
+def test_no_test_at_all_is_a_failure_on_a_gpu_and_a_skip_in_a_dry_run(checkout):
+    checkout("")
+    with pytest.raises(RuntimeError, match="no test ran"):
+        correctness.run(session_for([]))
+    with pytest.raises(Skip, match="need a GPU"):
+        correctness.run(session_for([], dry_run=True))
+
+
+def test_a_file_that_cannot_be_imported_is_a_failure(checkout):
+    checkout("import nowhere_to_be_found\n")
+    with pytest.raises(RuntimeError, match="exit code"):
+        correctness.run(session_for([]))
+
+
+def test_the_lines_of_pytest_and_of_its_workers_are_read():
+    name = "tests/kernels/gpu/test_x.py::test_a[(2, 3)-torch.bfloat16]"
+    assert correctness._test_and_end(f"{name} PASSED   [ 10%]\n") == (name, "PASSED")
+    assert correctness._test_and_end(f"[gw3] [  7%] FAILED {name} \n") == (name, "FAILED")
+    assert correctness._test_and_end(f"{name} SKIPPED (needs a GPU) [ 1%]\n") is None
+
+
+def test_a_chart_of_one_point_is_valid():
+    text = line_chart("a < b", "batch", {"us & them": [(4, 2.0)]}, goal=0.85)
+    ElementTree.fromstring(text)
+    assert "a &lt; b" in text and "goal 85%" in text
