@@ -1,13 +1,13 @@
 # The same commands for people and for CI. Everything below sets up what it needs.
 #
-#   make demo    the main job: install, fetch the model, serve, stream a few dozen prompts, stop
-#   make test    every test that needs no GPU, in under ten minutes on two cores
-#   make serve   the server, until it is interrupted
-#   make bench   throughput, latency and their ratios (docs/performance.md)
-#   make gpu-suite   on a GPU: the kernels' tests and benchmarks; ARGS="--only norm", ARGS=--dry-run
-#   make check   format, lint and types
-#   make proto   the generated stubs, after a change of a .proto file
-#   make slow    the tests that take too long for `make test`
+#   make demo        the main job: install, fetch the model, serve, stream a few dozen prompts, stop
+#   make test        every test that needs no GPU, in under ten minutes on two cores
+#   make serve       the server, until it is interrupted
+#   make bench       throughput, latency and their ratios (docs/performance.md)
+#   make gpu-suite   what needs a GPU: the kernels' tests and benchmarks (ARGS="--only norm --dry-run")
+#   make check       format, lint and types
+#   make proto       the generated stubs, after a change of a .proto file
+#   make slow        the tests that take too long for `make test`
 
 PYTHON ?= python3
 VENV := .venv

@@ -95,15 +95,19 @@ class Session:
         needed = case.bytes + provider.extra_bytes
         if not self.fits(needed):
             return replace(row, note=f"{needed / 1e9:.0f} GB do not fit in memory")
+        timing = self.checked_timing(case, provider)
+        if isinstance(timing, Timing):
+            return self._timed(row, case, timing)
+        return replace(row, status="FAILED" if name == OURS else "unusable", note=timing)
+
+    def checked_timing(self, case: Case, provider: Provider) -> Timing | str:
+        """The time, or what is wrong with the results."""
         try:
-            wrong = self._check(case, provider)
-            if not wrong:
-                return self._timed(row, case, self._time(case, provider))
+            return self._check(case, provider) or self._time(case, provider)
         except Exception as error:  # somebody's kernel: whatever it raises is a result
             if self.device.type == "cuda":
                 torch.cuda.synchronize()  # raises where the context is lost, and the part with it
-            wrong = f"{type(error).__name__}: {error}".splitlines()[0]
-        return replace(row, status="FAILED" if name == OURS else "unusable", note=wrong)
+            return f"{type(error).__name__}: {error}".splitlines()[0]
 
     def fits(self, size: int) -> bool:
         """Whether inputs of `size` bytes fit in the device's memory."""
