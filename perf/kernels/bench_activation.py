@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from millrace.kernels.dispatch import Operations, operations
-from millrace.perf.kernels.case import Call, Case, Prepare, close_to
+from millrace.perf.kernels.case import Call, Case, Prepare, close_in_bf16
 from millrace.perf.kernels.providers import tables
 from millrace.perf.kernels.session import Session
 
@@ -21,7 +21,6 @@ SMALL_TOKENS = 65
 DRY_TOKENS, DRY_WIDTHS = 3, (80,)
 DTYPE = torch.bfloat16
 GOAL = 0.9
-TOLERANCE = 5e-3  # two roundings to bf16
 FLOPS_PER_VALUE = 6
 
 
@@ -44,7 +43,7 @@ def cases(device: torch.device, dry_run: bool) -> Iterator[Case]:
                 make_small=partial(_gate_up, small, width, device),
                 reference=bind(operations(device, "reference")),
                 providers=tables(device, kernel, bind),
-                check=close_to(TOLERANCE),
+                check=close_in_bf16(device),
                 axes={"tokens": tokens, "width": width},
             )
 

@@ -19,7 +19,7 @@ import torch
 
 from millrace.kernels.dispatch import Operations, operations
 from millrace.perf.kernels.attention_peers import flashinfer, torch_sdpa, xformers_splitk
-from millrace.perf.kernels.case import OURS, Call, Case, Prepare, close_to
+from millrace.perf.kernels.case import OURS, Call, Case, Prepare, close_in_bf16
 from millrace.perf.kernels.paged import Layout, PagedInputs, kv_bytes, paged_inputs
 from millrace.perf.kernels.providers import ours
 from millrace.perf.kernels.session import Session
@@ -35,7 +35,6 @@ MOST_TOKENS = 1 << 23  # of a case; 34 GB of Llama 8B's keys and values
 PREFILLS = (4096, 8192, 16384)
 RAGGED = (131072, *(1024 + 37 * i for i in range(63)))  # one huge row among small ones
 DECODE_GOAL, PREFILL_GOAL = 0.85, 0.60
-TOLERANCE = 5e-3  # one rounding to bf16, and of the weights before the second product
 SMALL, SMALL_RAGGED = (333, 333, 333), (1, 63, 64, 65, 300, 513)  # of the checks
 SMALL_PREFILL = 333
 
@@ -85,7 +84,7 @@ def _decode(
             "xformers triton_splitk": xformers_splitk(device, layout),
             "FlashInfer": flashinfer(device, layout),
         },
-        check=close_to(TOLERANCE),
+        check=close_in_bf16(device),
         axes={"batch": len(contexts), "context": max(contexts)},
     )
 
@@ -108,7 +107,7 @@ def _prefill(device: torch.device, layout: Layout, context: int, small: int) -> 
             "torch SDPA": torch_sdpa(device, layout, [context]),
             "FlashInfer": flashinfer(device, layout),
         },
-        check=close_to(TOLERANCE),
+        check=close_in_bf16(device),
         axes={"context": context},
     )
 

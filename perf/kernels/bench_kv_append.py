@@ -19,7 +19,7 @@ from torch import Tensor
 
 from millrace.kernels.dispatch import Operations, operations
 from millrace.kernels.rope import rope_table
-from millrace.perf.kernels.case import Absent, Call, Case, Outputs, Prepare, Provider, close_to
+from millrace.perf.kernels.case import Absent, Call, Case, Outputs, Prepare, Provider, close_in_bf16
 from millrace.perf.kernels.providers import NAIVE, tables
 from millrace.perf.kernels.session import Session
 
@@ -28,7 +28,6 @@ DTYPE = torch.bfloat16
 THETA = 500_000.0
 EPS = 1e-6
 GOAL = 0.8
-TOLERANCE = 5e-3  # up to two roundings to bf16
 FLOPS_PER_VALUE = 6
 SPARE_BLOCKS = 2
 
@@ -84,7 +83,7 @@ def cases(device: torch.device, dry_run: bool) -> Iterator[Case]:
             make_small=partial(_inputs, shape, small, device),
             reference=_bind(operations(device, "reference")),
             providers=_providers(device),
-            check=close_to(TOLERANCE),
+            check=close_in_bf16(device),
             axes={"tokens": tokens, "head_dim": shape.head_dim},
         )
 

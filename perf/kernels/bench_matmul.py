@@ -17,7 +17,7 @@ from torch import Tensor
 
 from millrace.kernels.dispatch import Operations
 from millrace.kernels.matmul import pack_linear_reference
-from millrace.perf.kernels.case import OURS, Call, Case, Prepare, Provider, close_to
+from millrace.perf.kernels.case import OURS, Call, Case, Prepare, Provider, close_in_bf16
 from millrace.perf.kernels.providers import ours
 from millrace.perf.kernels.session import Session
 
@@ -42,7 +42,6 @@ ROWS = (1, 2, 4, 8, 16, 32, 64)
 DRY_LAYERS, DRY_ROWS = {"tiny": (64, 128)}, (1, 3)
 DTYPE = torch.bfloat16
 GOAL = 0.93
-TOLERANCE = 5e-3  # one rounding to bf16
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +73,7 @@ def cases(device: torch.device, dry_run: bool) -> Iterator[Case]:
                     OURS: ours(device, "pack_linear", _packed),
                     "cuBLAS": Provider(_library),
                 },
-                check=close_to(TOLERANCE),
+                check=close_in_bf16(device),
                 axes={"rows": rows, "n": n, "k": k},
             )
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from millrace.kernels.dispatch import Operations, operations
-from millrace.perf.kernels.case import Call, Case, Prepare, close_to
+from millrace.perf.kernels.case import Call, Case, Prepare, close_in_bf16
 from millrace.perf.kernels.providers import tables
 from millrace.perf.kernels.session import Session
 
@@ -25,7 +25,6 @@ DRY_TOKENS, DRY_HIDDEN = 3, (96,)
 DTYPE = torch.bfloat16
 EPS = 1e-5
 GOAL = 0.9
-TOLERANCE = 5e-3  # two roundings to bf16
 FLOPS_PER_VALUE = 5
 
 
@@ -55,7 +54,7 @@ def cases(device: torch.device, dry_run: bool) -> Iterator[Case]:
                 make_small=partial(_inputs, small, hidden, device),
                 reference=bind(operations(device, "reference")),
                 providers=tables(device, kernel, bind),
-                check=close_to(TOLERANCE),
+                check=close_in_bf16(device),
                 axes={"tokens": tokens, "hidden": hidden},
             )
 

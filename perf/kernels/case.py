@@ -17,6 +17,8 @@ from torch import Tensor
 OURS = "millrace"
 """The provider whose rows have goals."""
 
+BF16_TOLERANCE, BF16_TRUNCATED = 5e-3, 2e-2
+
 Outputs = tuple[Tensor, ...]
 Call = Callable[[], Outputs]
 Prepare = Callable[[Any], Call]
@@ -101,6 +103,11 @@ def close_to(tolerance: float) -> Check:
         return ""
 
     return check
+
+
+def close_in_bf16(device: torch.device) -> Check:
+    """For results of a few roundings to bf16. Triton's interpreter truncates where a GPU rounds."""
+    return close_to(BF16_TOLERANCE if device.type == "cuda" else BF16_TRUNCATED)
 
 
 def relative_error(got: Tensor, wanted: Tensor) -> float:
