@@ -8,11 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from millrace.perf.kernels.case import OURS
 from millrace.perf.plot import line_chart
 from millrace.perf.results import FAILED, PartResult, load
 
 FACTS = ("device", "driver_version", "clocks.sm", "torch", "triton", "commit", "seed", "time")
-HEADINGS = ("kernel", "case", "provider", "us (p20 to p80)", "share", "at size", "goal", "reached")
+HEADINGS = (
+    *("kernel", "case", "provider", "us (p20 to p80)"),
+    *("share", "at size", "goal", "reached", "beside the fastest other"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,27 +76,44 @@ def _body(result: PartResult) -> list[str]:
         listed = [f"- {test} {reasons.get(test, '')}" for test in failed]
         return [", ".join(f"{count} {status}" for status, count in counts.items()), "", *listed]
     if result.part == "ceilings":
-        rates = (f"{row['rate_per_s'] / 1e12:.3f} T/s" for row in result.rows)
+        units = {"copy": "bytes", "matmul": "operations"}
         return [
-            f"- {row['name']}, {row['work']:,d}: {rate}"
-            for row, rate in zip(result.rows, rates, strict=True)
+            f"- {row['name']} ({row['how']}), {row['work']:,d} {units[row['name']]}: "
+            f"{row['rate_per_s'] / 1e12:.3f} T/s"
+            for row in result.rows
         ]
     return [
         "| " + " | ".join(HEADINGS) + " |",
         "|" + "---|" * len(HEADINGS),
-        *("| " + " | ".join(_cells(row)) + " |" for row in result.rows),
+        *("| " + " | ".join(_cells(row, result.rows)) + " |" for row in result.rows),
     ]
 
 
-def _cells(row: Mapping[str, Any]) -> list[str]:
+def _cells(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str]:
     names = [row["kernel"], row["case"], row["provider"]]
     goal = "" if row["goal"] is None else f"{row['goal']:.0%}"
     if row["median_us"] is None:
-        return [*names, f"{row['status']}: {row['note']}".replace("|", "/"), "", "", goal, ""]
+        return [*names, f"{row['status']}: {row['note']}".replace("|", "/"), "", "", goal, "", ""]
     spread = f"{row['median_us']:.2f} ({row['p20_us']:.2f} to {row['p80_us']:.2f})"
     at_size = "" if row["share_at_size"] is None else f"{row['share_at_size']:.1%}"
     reached = {None: "", True: "yes", False: "**no**"}[row["ok"]]
-    return [*names, spread, f"{row['share']:.1%}", at_size, goal, reached]
+    return [*names, spread, f"{row['share']:.1%}", at_size, goal, reached, _beside(row, rows)]
+
+
+def _beside(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+    """How many times as fast ours is as the fastest of the others on its case."""
+    same = ("kernel", "case")
+    others = [
+        (other["median_us"], other["provider"])
+        for other in rows
+        if other["median_us"] is not None
+        and other["provider"] != OURS
+        and all(other[name] == row[name] for name in same)
+    ]
+    if row["provider"] != OURS or not others:
+        return ""
+    fastest_us, name = min(others)
+    return f"{fastest_us / row['median_us']:.2f} x {name}"
 
 
 def _draw(folder: Path, plot: Plot, result: PartResult) -> bool:

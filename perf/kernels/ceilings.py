@@ -28,11 +28,11 @@ def run(session: Session) -> None:
     """Record one row a measurement; `from_rows` makes Ceilings of them."""
     large = DRY_COPY_BYTES if session.dry_run else LARGE_COPY_BYTES
     for size in (large, *(() if session.dry_run else SMALL_COPIES_BYTES)):
-        for how in (Tensor.copy_, _negate):
-            _record(session, "copy", size, _copies(how, size, session.device))
+        for how, copy in (("driver", Tensor.copy_), ("kernel", _negate)):
+            _record(session, "copy", how, size, _copies(copy, size, session.device))
     n = DRY_MATMUL_SIZE if session.dry_run else MATMUL_SIZE
     a, b = (_random(n * n, session.device).view(n, n) for _ in range(2))
-    _record(session, "matmul", 2 * n**3, [lambda: a @ b])
+    _record(session, "matmul", "library", 2 * n**3, [lambda: a @ b])
 
 
 def from_rows(rows: list[dict[str, Any]]) -> Ceilings:
@@ -47,16 +47,14 @@ def from_rows(rows: list[dict[str, Any]]) -> Ceilings:
     return Ceilings(copies[max(copies)], matmuls[0], copies)
 
 
-def _record(session: Session, name: str, work: int, calls: list[Call]) -> None:
+def _record(session: Session, name: str, how: str, work: int, calls: list[Call]) -> None:
     timing = time_calls(calls, session.device)
     rate = work / timing.median_us * 1e6
     unit = "bytes" if name == "copy" else "flops"
-    print(
-        f"{name:8} {work:14,d} {unit}: {timing.median_us:10.2f} us, {rate / 1e12:8.3f} T{unit}/s",
-        flush=True,
-    )
+    rates = f"{timing.median_us:10.2f} us, {rate / 1e12:8.3f} T{unit}/s"
+    print(f"{name:8} {how:8} {work:14,d} {unit}: {rates}", flush=True)
     session.record(
-        {"name": name, "work": work, "rate_per_s": rate, "median_us": timing.median_us}
+        {"name": name, "how": how, "work": work, "rate_per_s": rate, "median_us": timing.median_us}
         | {"p20_us": timing.p20_us, "p80_us": timing.p80_us, "mode": timing.mode}
     )
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -12,9 +13,11 @@ import pytest
 import torch
 
 from millrace.perf.kernels import correctness
+from millrace.perf.kernels.case import Row
 from millrace.perf.kernels.session import Session, Skip
 from millrace.perf.plot import line_chart
-from millrace.perf.results import load
+from millrace.perf.results import PartResult, load
+from millrace.perf.summary import write_summary
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHES = ("attention", "sampling", "matmul", "kv_append", "norm", "activation")
@@ -69,6 +72,19 @@ def test_the_summary_shows_every_part_and_its_plots(dry_run):
     for name in pictures:
         assert f"({name})" in summary
         ElementTree.parse(dry_run / name)
+
+
+def test_the_summary_says_how_we_stand_beside_the_fastest_other(tmp_path):
+    times = {"millrace": 10.0, "torch": 30.0, "cuBLAS": 12.5, "broken": None}
+    result = PartResult(tmp_path, "matmul", {"device": "NVIDIA H200"})
+    for name, time_us in times.items():
+        row = Row("matmul", "c", name, 1, 1, None, {"rows": 1}, "measured", median_us=time_us)
+        result.record(asdict(replace(row, p20_us=1.0, p80_us=2.0, share=0.9)))
+    result.finish("done")
+    write_summary(tmp_path, ["matmul"])
+    summary = (tmp_path / "summary.md").read_text()
+    assert "| 1.25 x cuBLAS |" in summary and summary.count(" x ") == 1
+    assert "dry run" not in summary
 
 
 def test_one_part_can_be_run_again(dry_run):
