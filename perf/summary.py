@@ -107,7 +107,7 @@ def _beside(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
         (other["median_us"], other["provider"])
         for other in rows
         if other["median_us"] is not None
-        and other["provider"] != OURS
+        and not other["provider"].startswith(OURS)
         and all(other[name] == row[name] for name in same)
     ]
     if row["provider"] != OURS or not others:

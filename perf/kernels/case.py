@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 OURS = "millrace"
-"""The provider whose rows have goals."""
+"""The provider whose rows have goals; names of our other forms begin with it."""
 
 BF16_TOLERANCE, BF16_TRUNCATED = 5e-3, 2e-2
 

@@ -98,7 +98,7 @@ class Session:
         timing = self.checked_timing(case, provider)
         if isinstance(timing, Timing):
             return self._timed(row, case, timing)
-        return replace(row, status="FAILED" if name == OURS else "unusable", note=timing)
+        return replace(row, status="FAILED" if name.startswith(OURS) else "unusable", note=timing)
 
     def checked_timing(self, case: Case, provider: Provider) -> Timing | str:
         """The time, or what is wrong with the results."""
