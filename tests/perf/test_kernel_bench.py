@@ -17,6 +17,8 @@ from millrace.perf.kernels import (
 )
 from millrace.perf.kernels.case import OURS, Absent, Case, Provider, close_to
 from millrace.perf.kernels.ceilings import from_rows
+from millrace.perf.kernels.logits import SamplingInputs
+from millrace.perf.kernels.sampling_peers import torch_sort
 from millrace.perf.kernels.session import Ceilings, Session
 from millrace.perf.measure import Timing
 
@@ -181,6 +183,18 @@ def test_equal_seeds_make_equal_inputs(interpreted):
         assert close_to(0.0)(None, first, second) == ""
         other = case.reference(case.make_small(8))()
         assert close_to(0.0)(None, first, other) != ""
+
+
+@pytest.mark.parametrize(("mode", "rank"), [("plain", 90), ("top-k top-p", 60), ("top-p", 90)])
+def test_a_samplers_token_must_be_among_those_kept(mode, rank):
+    """Of 100 tokens whose masses halve: rank 60 is behind top-k, rank 90 behind top-p as well."""
+    values = next(m for m in bench_sampling.MODES if m.name == mode)
+    logits = -torch.arange(100.0).unsqueeze(0) * math.log(2)
+    inputs = SamplingInputs(logits, torch.zeros(1), torch.zeros(1), None, values)
+    check = torch_sort().check
+    assert check(inputs, (torch.tensor([0]),), ()) == ""
+    wrong = check(inputs, (torch.tensor([rank]),), ())
+    assert (wrong == "") == (mode == "plain")
 
 
 def test_bytes_are_those_of_keys_values_queries_and_results(interpreted):
