@@ -26,13 +26,14 @@ from pathlib import Path
 
 from millrace.perf.environment import environment
 from millrace.perf.gpu import device_facts
-from millrace.perf.isolated import run_isolated
+from millrace.perf.isolated import run_isolated, run_together
 from millrace.perf.kernels.ceilings import from_rows
 from millrace.perf.kernels.session import Session, Skip, open_device
 from millrace.perf.results import PartResult, load, path_of
 from millrace.perf.summary import write_summary
 
 TOTAL_S = 450.0
+MOST_COMPILERS = 8
 GRACE_S = 20.0  # for a part to end its last measurement after its time
 
 
@@ -44,18 +45,19 @@ class Part:
     module: str
     budget_s: float
     needs_ceilings: bool = True
+    compile_s: float = 0.0  # first compile its kernels in several processes, for at most so long
 
 
 CEILINGS = Part("ceilings", "millrace.perf.kernels.ceilings", 30, needs_ceilings=False)
 PARTS = (
-    Part("correctness", "millrace.perf.kernels.correctness", 120, needs_ceilings=False),
+    Part("correctness", "millrace.perf.kernels.correctness", 110, needs_ceilings=False),
     CEILINGS,
-    Part("attention", "millrace.perf.kernels.bench_attention", 90),
+    Part("attention", "millrace.perf.kernels.bench_attention", 90, compile_s=30),
     Part("sampling", "millrace.perf.kernels.bench_sampling", 50),
-    Part("matmul", "millrace.perf.kernels.bench_matmul", 80),
     Part("kv_append", "millrace.perf.kernels.bench_kv_append", 20),
     Part("norm", "millrace.perf.kernels.bench_norm", 20),
     Part("activation", "millrace.perf.kernels.bench_activation", 20),
+    Part("matmul", "millrace.perf.kernels.bench_matmul", 90, compile_s=40),
 )
 
 
@@ -99,7 +101,6 @@ def _run_part(part: Part, options: argparse.Namespace, ends_at: float) -> PartRe
     if options.commit:
         found_at["commit"] = options.commit
     empty = PartResult(options.out, part.name, found_at)
-    budget_s = min(part.budget_s, ends_at - time.monotonic())
     try:
         run = import_module(part.module).run
     except ModuleNotFoundError as error:
@@ -107,6 +108,10 @@ def _run_part(part: Part, options: argparse.Namespace, ends_at: float) -> PartRe
     except Exception as error:
         empty.finish("failed", _first_line(error))
     else:
+        if part.compile_s and not options.dry_run:
+            print("compiling", flush=True)
+            run_isolated(partial(_compile, run, options), part.compile_s)
+        budget_s = min(part.budget_s, ends_at - time.monotonic())
         if budget_s > 0:
             work = partial(_work, part, run, options, empty, budget_s)
             why = run_isolated(work, budget_s + GRACE_S)
@@ -127,6 +132,17 @@ def _note_end(result: PartResult, why: str) -> None:
     """A part that ended before it said so: "" where it came to its own end."""
     if result.status == "running":
         result.finish("cut" if why.startswith("killed") else "failed", why)
+
+
+def _compile(run: Callable[[Session], None], options: argparse.Namespace) -> None:
+    """In a process of its own, which starts others: fill Triton's cache with a part's kernels."""
+    count = max(1, min(MOST_COMPILERS, len(os.sched_getaffinity(0)) // 2))
+
+    def compile_share(i: int) -> None:
+        device, never = open_device(options.dry_run), float("inf")
+        run(Session(device, options.dry_run, options.seed, never, print, compiles=(i, count)))
+
+    run_together([partial(compile_share, i) for i in range(count)])
 
 
 def _work(

@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 
 def run_isolated(work: Callable[[], None], limit_s: float) -> str:
@@ -34,6 +34,19 @@ def run_isolated(work: Callable[[], None], limit_s: float) -> str:
     if process.exitcode < 0:
         return f"ended by {signal.Signals(-process.exitcode).name}"
     return f"exit code {process.exitcode}" if process.exitcode else ""
+
+
+def run_together(works: Sequence[Callable[[], None]]) -> None:
+    """Each in a process of its own, at the same time; how they end is nobody's concern.
+
+    Called within `run_isolated`, whose limit ends them too.
+    """
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=work) for work in works]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
 
 
 def _guarded(work: Callable[[], None]) -> None:

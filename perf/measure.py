@@ -26,7 +26,7 @@ Call = Callable[[], object]
 
 SAMPLE_S = 1e-3
 WARM_UP_S = 0.02
-SAMPLING_S = 0.1  # the samples of one measurement take about so long in all
+SAMPLING_S = 0.05  # the samples of one measurement take about so long in all
 MIN_SAMPLES, MAX_SAMPLES = 5, 50
 DRY_SAMPLES = 1
 LOW, HIGH = 0.2, 0.8

@@ -6,7 +6,9 @@ import gc
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -65,6 +67,7 @@ class Session:
     deadline: float  # of time.monotonic()
     record: Callable[[dict[str, Any]], None]
     ceilings: Ceilings | None = None  # None while they are measured themselves
+    compiles: tuple[int, int] | None = None  # (i, n): compile every n-th case from i on, no more
     cut: bool = field(default=False)  # whether something was left out for lack of time
 
     def out_of_time(self) -> bool:
@@ -74,6 +77,10 @@ class Session:
 
     def measure_all(self, cases: Iterable[Case]) -> None:
         """Check and time each provider on each case, until the time is up."""
+        if self.compiles is not None:
+            for case in islice(cases, self.compiles[0], None, self.compiles[1]):
+                self._compile(case)
+            return
         for case in cases:
             if self.out_of_time():
                 return
@@ -84,6 +91,13 @@ class Session:
                 gc.collect()
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()
+
+    def _compile(self, case: Case) -> None:
+        """Run our forms once, small: Triton keeps what it compiled on the disk."""
+        for name, provider in case.providers.items():
+            if name.startswith(OURS) and isinstance(provider, Provider):
+                with suppress(Exception):  # it comes again, and is reported, when it is measured
+                    provider.prepare(case.make_small(self.seed))()
 
     def measure(self, case: Case, name: str, provider: Provider | Absent) -> Row:
         """One provider on one case: no time without a passed check."""

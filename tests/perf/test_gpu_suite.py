@@ -183,6 +183,29 @@ def test_the_exit_code_tells_of_failed_parts(broken):
     assert done.stdout.splitlines()[-1].endswith("FAILED: crashing, raising, misspelt, wrong")
 
 
+def test_kernels_are_compiled_by_several_processes(tmp_path):
+    """Each does its share, one that dies does not disturb the others, all end before the part."""
+    script = f"""
+import os
+from argparse import Namespace
+from functools import partial
+from pathlib import Path
+from millrace.perf import gpu_suite
+from millrace.perf.isolated import run_isolated
+def run(session):
+    share, count = session.compiles
+    if share == 0:
+        os.abort()
+    Path({str(tmp_path)!r}, f"{{share}} of {{count}}").touch()
+gpu_suite.os.sched_getaffinity = lambda pid: range(6)
+options = Namespace(dry_run=True, seed=0)
+print(repr(run_isolated(partial(gpu_suite._compile, run, options), 60.0)))
+raise SystemExit
+"""
+    assert suite(script=script).stdout.splitlines()[-1] == "''"
+    assert {path.name for path in tmp_path.iterdir()} == {"1 of 3", "2 of 3"}
+
+
 def test_without_a_gpu_it_says_so(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("there is one")

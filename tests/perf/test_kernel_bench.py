@@ -131,6 +131,27 @@ def test_a_dry_run_judges_no_goal(session, rows):
     assert rows[0]["ok"] is None and rows[0]["median_us"] > 0
 
 
+def test_compiling_runs_our_forms_of_every_nth_case_and_records_nothing(session, rows):
+    ran = []
+
+    def noted(name):
+        def prepare(x):
+            return lambda: ran.append(name)
+
+        return Provider(prepare)
+
+    cases = [case_of(millrace=noted(i), peer=noted("peer")) for i in range(5)]
+    session.compiles = (1, 2)
+    session.measure_all(cases)
+    assert ran == [1, 3] and rows == []
+
+
+def test_what_does_not_compile_is_left_for_the_measurement(session, rows):
+    session.compiles = (0, 1)
+    session.measure_all([case_of(millrace=Provider(lambda x: lambda: 1 / 0))])
+    assert rows == []
+
+
 def test_small_copies_have_a_ceiling_of_their_own():
     ceilings = Ceilings(4e12, 1e15, {1 << 20: 1e11, 1 << 24: 1e12, 1 << 32: 4e12})
     assert ceilings.copy_at(1 << 24) == pytest.approx(1e12)
