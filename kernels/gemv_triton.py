@@ -100,17 +100,19 @@ def linear_gemv(
     if rows > MAX_GEMV_ROWS:
         raise ValueError(f"x: expected at most {MAX_GEMV_ROWS} rows, got {rows}")
     config = config or gemv_config(weight)
-    output = empty_output(x, weight, fusion, config.constants["BLOCK_N"])
+    block_n = config.constants["BLOCK_N"]
+    output = empty_output(x, weight, fusion, block_n)
     if rows:
-        gemv_kernel[(triton.cdiv(n, config.constants["BLOCK_N"]),)](
+        gemv_kernel[(triton.cdiv(n, block_n),)](
             p_x=x,
             p_weight=weight,
             num_rows=rows,
             stride_x=x.stride(0),
             N=n,
             K=k,
+            BLOCK_N=block_n,
             BLOCK_T=triton.next_power_of_2(rows),
-            **config.constants,
+            BLOCK_K=config.constants["BLOCK_K"],
             **finish_arguments(fusion, output),
             num_warps=config.num_warps,
             num_stages=config.num_stages,

@@ -16,7 +16,7 @@ sums by the rms. No kernel for the norm is left, and there is one rounding less 
 has, so results are not bit-equal to the unfused chain.
 
 gate and up of a gated feed-forward are interleaved at load (`interleave_gate_up`): row 2j of the
-weight is gate j and row 2j + 1 is up j, so that a tile of rows holds both. silu(a) = a * sigmoid(a).
+weight is gate j and row 2j + 1 is up j, so that a tile of rows holds both. silu(a) = a sigmoid(a).
 
 x [T, K], weight [N, K], bias [N], residual [T, N], gamma [N]; y [T, N], or [T, N / 2] of silu_mul.
 Every form (`gemv_triton.py`, `matmul_triton.py`, `matmul_persistent_triton.py`, the vendor's below)

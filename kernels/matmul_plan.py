@@ -1,8 +1,8 @@
 """How the work of y[T, N] = x[T, K] @ weight[N, K]^T is cut for a decode step, from N and K alone.
 
 A decode step has few rows, so its time is that of streaming the weight, if every multiprocessor
-streams its share. A program takes BLOCK_N rows of the weight, and one of `splits` ranges of K:
-4096 rows make 64 tiles, which leave half of an H200's 132 multiprocessors idle; two splits make 128.
+streams its share. A program takes BLOCK_N rows of the weight and one of `splits` ranges of K. 4096
+rows make 64 tiles, which leave half of an H200's 132 multiprocessors idle; 2 splits make 128.
 
 `splits` is a part of a result's bits (partial sums are added in ascending order), so it may depend
 on the weight's shape and never on T. It does not ask for the device either: SMS is a constant, and
@@ -47,7 +47,7 @@ class Plan:
 
 
 def plan(n: int, k: int) -> Plan:
-    """The grid for a weight [n, k]; no split is empty. Example: plan(4096, 4096) is 64 tiles x 2."""
+    """The grid for a weight [n, k]; no split is empty. plan(4096, 4096) is 64 tiles x 2."""
     tiles, steps = math.ceil(n / BLOCK_N), math.ceil(k / BLOCK_K)
     choices = {math.ceil(steps / math.ceil(steps / s)) for s in range(1, MAX_SPLITS + 1)}
     filling = [s for s in choices if tiles * s >= MIN_FILL * SMS] or [max(choices)]

@@ -80,6 +80,18 @@ def ordered_sum(b_x, ROWS: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
+def inverse_rms(
+    p_squares, o_t, m_t, eps, K: tl.constexpr, TILES: tl.constexpr, BLOCK_T: tl.constexpr
+):
+    """1 / sqrt(sum of squares / K + eps) of rows o_t (i64) of squares f32 [T, TILES]."""
+    PADDED: tl.constexpr = triton.next_power_of_2(TILES)
+    o_s = tl.arange(0, PADDED)[None, :]
+    m_s = m_t[:, None] & (o_s < TILES)
+    b_s = tl.load(p_squares + o_t[:, None] * TILES + o_s, mask=m_s, other=0.0)
+    return tl.rsqrt(ordered_sum(b_s, BLOCK_T, PADDED) / K + eps)
+
+
+@triton.jit
 def finish(
     b_acc,  # f32 [BLOCK_N, BLOCK_T]
     i_tile,
@@ -105,12 +117,7 @@ def finish(
     m_n, m_t = o_n < N, o_t < num_rows
     o_t = o_t.to(tl.int64)
     if p_norm_squares is not None:
-        PADDED: tl.constexpr = triton.next_power_of_2(NORM_TILES)
-        o_s = tl.arange(0, PADDED)[None, :]
-        p_s = p_norm_squares + o_t[:, None] * NORM_TILES + o_s
-        b_s = tl.load(p_s, mask=m_t[:, None] & (o_s < NORM_TILES), other=0.0)
-        mean = ordered_sum(b_s, BLOCK_T, PADDED) / K
-        b_acc *= tl.rsqrt(mean + eps)[None, :]
+        b_acc *= inverse_rms(p_norm_squares, o_t, m_t, eps, K, NORM_TILES, BLOCK_T)[None, :]
     if p_bias is not None:
         b_acc += tl.load(p_bias + o_n, mask=m_n, other=0.0).to(tl.float32)[:, None]
     b_y = tl.trans(b_acc)  # [BLOCK_T, BLOCK_N]

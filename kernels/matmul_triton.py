@@ -186,7 +186,7 @@ def linear_decode(
         raise ValueError(f"x: expected at most {MAX_ROWS} rows, got {rows}")
     config = config or decode_config(weight)
     constants = config.constants
-    block_n, splits = constants["BLOCK_N"], constants["SPLITS"]
+    block_n, block_k, splits = constants["BLOCK_N"], constants["BLOCK_K"], constants["SPLITS"]
     block_t = block_t or max(MIN_BLOCK_T, triton.next_power_of_2(rows))
     tiles = triton.cdiv(n, block_n)
     if splits > 1:
@@ -203,10 +203,13 @@ def linear_decode(
         stride_x=x.stride(0),
         N=n,
         K=k,
-        SPLIT_LENGTH=split_length(k, splits, constants["BLOCK_K"]),
+        SPLITS=splits,
+        SPLIT_LENGTH=split_length(k, splits, block_k),
+        BLOCK_N=block_n,
         BLOCK_T=block_t,
+        BLOCK_K=block_k,
+        PDL=constants["PDL"] != 0,
         UPCAST=x.device.type == "cpu",
-        **constants,
         **finish_arguments(fusion, output),
         num_warps=config.num_warps,
         num_stages=min(config.num_stages, WIDE_STAGES) if block_t > 32 else config.num_stages,

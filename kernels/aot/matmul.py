@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from millrace.kernels import gemv_triton, matmul_triton
+from millrace.kernels import gemv_triton, matmul_persistent_triton, matmul_triton
 from millrace.kernels.aot.compiler import KernelSpec
 from millrace.kernels.matmul_plan import BLOCK_K, BLOCK_N, plan, split_length
 
@@ -72,6 +72,24 @@ def _gemv(layer: str, block_t: int) -> KernelSpec:
     )
 
 
+def _persistent(layer: str) -> tuple[KernelSpec, ...]:
+    n, k = SHAPES[layer]
+    splits = plan(n, k).splits
+    constants = {
+        **_fusion(layer),
+        **matmul_persistent_triton.CONSTANTS,
+        "SPLITS": splits,
+        "SPLIT_LENGTH": split_length(k, splits, BLOCK_K),
+    }
+    name, kernel = f"matmul persistent {layer}", matmul_persistent_triton.persistent_kernel
+    warps, aligned = matmul_persistent_triton.NUM_WARPS, ("stride_x",)
+    cuda = ("sm_80", *NVIDIA_PDL)
+    return (
+        KernelSpec(name, kernel, TYPES, constants, warps, 4, aligned, cuda),
+        KernelSpec(f"{name}, 2 stages", kernel, TYPES, constants, warps, 2, aligned, ("gfx942",)),
+    )
+
+
 SPECS = (
     *_decode("qkv", 16),
     *_decode("gate_up", 32),
@@ -79,4 +97,6 @@ SPECS = (
     *_decode("gate_up", 16, pdl=True),
     _gemv("gate_up", 1),
     _gemv("down", 4),
+    *_persistent("gate_up"),
+    *_persistent("down"),
 )

@@ -110,5 +110,5 @@ def test_what_does_not_fit_is_named(name, x, fusion):
 
 
 def test_halves_of_different_shape_are_refused():
-    with pytest.raises(ValueError, match="^up: expected"):
+    with pytest.raises(ValueError, match=r"^up: expected"):
         interleave_gate_up(torch.zeros(3, 4), torch.zeros(2, 4))

@@ -5,6 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from millrace.kernels import matmul_persistent_triton
 from millrace.kernels.configs import LaunchConfig
 from millrace.kernels.gemv_triton import linear_gemv
 from millrace.kernels.matmul_fused import (
@@ -13,6 +14,7 @@ from millrace.kernels.matmul_fused import (
     InputNorm,
     linear_fused_reference,
 )
+from millrace.kernels.matmul_persistent_triton import linear_persistent
 from millrace.kernels.matmul_plan import plan
 from millrace.kernels.matmul_triton import Workspace, linear_decode
 
@@ -122,8 +124,57 @@ def test_gemv_gives_a_row_the_same_bits_among_others():
     for i_row in range(4):
         assert torch.equal(linear_gemv(x[i_row : i_row + 1], weight).y[0], together[i_row])
     assert linear_gemv(x[:0], weight).y.shape == (0, 6)
-    with pytest.raises(ValueError, match="^x: expected at most 4 rows"):
+    with pytest.raises(ValueError, match=r"^x: expected at most 4 rows"):
         linear_gemv(torch.zeros(5, 1030), weight)
+
+
+PREFILL = LaunchConfig(8, 2, {"BLOCK_N": 128, "BLOCK_T": 32, "BLOCK_K": 128, "GROUP": 2})
+
+
+@DTYPES
+@pytest.mark.parametrize("name", FUSIONS)
+@pytest.mark.parametrize(("rows", "n", "k"), [(1, 64, 100), (70, 130, 300)])
+def test_persistent(rows, n, k, name, dtype):
+    x, weight = torch.randn(rows, k).to(dtype), layer(n, k, dtype)
+    fusion = fusion_of(name, rows, n, k, dtype)
+    output = linear_persistent(x, weight, fusion, PREFILL)
+    assert_is_defined(output, x, weight, fusion)
+
+
+@pytest.mark.parametrize("num_programs", [1, 3, 100])
+def test_every_tile_of_a_prefill_is_done_once(num_programs, monkeypatch):
+    """Three tiles of 128 columns and five of 32 rows, in groups of two."""
+    monkeypatch.setattr(matmul_persistent_triton, "SMS", num_programs)
+    x, weight, residual = torch.randn(150, 64), layer(300, 64), torch.randn(150, 300)
+    fusion = Fusion(residual=residual, gamma=torch.ones(300))
+    assert_is_defined(linear_persistent(x, weight, fusion, PREFILL), x, weight, fusion)
+
+
+@pytest.mark.parametrize("name", ["norm silu_mul", "residual"])
+def test_a_row_has_the_same_bits_in_a_prefill_as_in_a_decode_step(name):
+    n, k = 130, 1200
+    x, weight = exact_within_steps(40, n, k)
+    fusion, workspace = fusion_of(name, 40, n, k, torch.float32), workspace_for(weight)
+    assert plan(n, k).splits == 5
+    prefill = linear_persistent(x, weight, fusion, PREFILL)
+    decode = linear_decode(x, weight, workspace, fusion)
+    assert torch.equal(prefill.y, decode.y)
+    if prefill.squares is not None:
+        consumer = exact_within_steps(40, 64, n)[1]
+        assert torch.equal(prefill.scaled, decode.scaled)
+        y_of = [
+            linear_decode(
+                torch.ones(40, n), consumer, workspace, Fusion(norm=InputNorm(squares, 1e-5))
+            ).y
+            for squares in (prefill.squares, decode.squares)
+        ]
+        assert torch.equal(*y_of), "tiles of 64 and of 128 columns add to the same squares"
+
+
+def test_a_prefill_s_step_must_divide_the_decode_s_split():
+    config = LaunchConfig(8, 2, {**PREFILL.constants, "BLOCK_K": 256})
+    with pytest.raises(ValueError, match=r"^config: expected a BLOCK_K that divides"):
+        linear_persistent(torch.zeros(1, 384), layer(64, 384), config=config)
 
 
 def test_splits_are_added_in_ascending_order():
@@ -152,7 +203,7 @@ def test_a_strided_x_is_read_as_it_lies_and_no_rows_give_none():
 
 def test_what_decode_cannot_take_is_named():
     weight = layer(64, 256)
-    with pytest.raises(ValueError, match="^x: expected at most 64 rows"):
+    with pytest.raises(ValueError, match=r"^x: expected at most 64 rows"):
         linear_decode(torch.zeros(65, 256), weight, workspace_for(weight))
-    with pytest.raises(ValueError, match="^workspace: expected at least"):
+    with pytest.raises(ValueError, match=r"^workspace: expected at least"):
         linear_decode(torch.zeros(1, 256), weight, Workspace.for_weights([]))
