@@ -11,6 +11,8 @@ block is CALLS_PER_BLOCK ids from each quarter of a tile of 4096: row 4 j + w of
 id tile * 4096 + w * 1024 + first call + j, and no word is thrown away.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -74,9 +76,7 @@ def head_kernel(
     # Ids and rows past the end are the last ones again: computed, and masked below.
     p_w = p_head + tl.minimum(o_v, V - 1).to(tl.int64)[:, None] * K
     p_row = p_x + o_row[:, None] * stride_x
-    b_x = product_of_splits(
-        p_w, p_row, K, SPLITS, SPLIT_LENGTH, _BLOCK_V, BLOCK_T, BLOCK_K, UPCAST
-    )
+    b_x = product_of_splits(p_w, p_row, K, SPLITS, SPLIT_LENGTH, _BLOCK_V, BLOCK_T, BLOCK_K, UPCAST)
     if p_norm_squares is not None:
         b_x *= inverse_rms(p_norm_squares, o_row, m_t, eps, K, NORM_TILES, BLOCK_T)[None, :]
     b_x = b_x.to(p_x.dtype.element_ty).to(tl.float32)  # [BLOCK_V, BLOCK_T], logits
@@ -125,7 +125,7 @@ def best_kernel(
 def num_blocks(vocab: int) -> int:
     """Blocks that hold an id below vocab. Example: 4096 + 20 ids are 64 blocks and 2."""
     tiles, rest = divmod(vocab, TILE)
-    return tiles * BLOCKS_PER_TILE + min(BLOCKS_PER_TILE, triton.cdiv(rest, CALLS_PER_BLOCK))
+    return tiles * BLOCKS_PER_TILE + min(BLOCKS_PER_TILE, math.ceil(rest / CALLS_PER_BLOCK))
 
 
 def draw_from_hidden(

@@ -1,8 +1,14 @@
-"""The signatures with which the matrix products are launched, on weights of Llama 8B."""
+"""The signatures with which the matrix products are launched, on weights of Llama 8B.
 
+Those with stages that AMD's shared memory does not hold come twice, as `default_stages` has it.
+"""
+
+from dataclasses import replace
 from typing import Any
 
-from millrace.kernels import gemv_triton, matmul_persistent_triton, matmul_triton
+import triton
+
+from millrace.kernels import gemv_triton, lm_head_triton, matmul_persistent_triton, matmul_triton
 from millrace.kernels.aot.compiler import KernelSpec
 from millrace.kernels.matmul_plan import BLOCK_K, BLOCK_N, plan, split_length
 
@@ -18,7 +24,17 @@ TYPES = {
     "p_gamma": "*bf16",
     "p_scaled": "*bf16",
     "p_squares": "*fp32",
+    "p_head": "*bf16",
+    "p_slots": "*i64",
+    "p_positions": "*i64",
+    "p_temperature": "*fp32",
+    "p_seed": "*i64",
+    "p_best": "*fp32",
+    "p_best_id": "*i32",
+    "p_token_ids": "*i64",
+    "p_ok": "*i1",
     "num_rows": "i32",
+    "blocks": "i32",
     "stride_x": "i32",
     "eps": "fp32",
 }
@@ -28,8 +44,13 @@ FUSIONS: dict[str, dict[str, Any]] = {  # what is absent in each, as finish_argu
     "down": {"p_bias": None, "p_norm_squares": None, "NORM_TILES": 1, "SILU_MUL": False},
 }
 WITHOUT_RESIDUAL = {"p_gamma": None, "p_scaled": None, "p_squares": None}
-SHAPES = {"qkv": (6144, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
-NVIDIA_PDL = ("sm_90", "sm_100")
+SHAPES = {
+    "qkv": (6144, 4096),
+    "gate_up": (28672, 4096),
+    "down": (4096, 14336),
+    "head": (128256, 4096),
+}
+HOPPER_ON = ("sm_90", "sm_100")
 
 
 def _fusion(layer: str) -> dict[str, Any]:
@@ -38,25 +59,48 @@ def _fusion(layer: str) -> dict[str, Any]:
     return {"N": n, "K": k, "BLOCK_N": BLOCK_N, "UPCAST": False, **FUSIONS[layer], **absent}
 
 
-def _decode(layer: str, block_t: int, pdl: bool = False) -> tuple[KernelSpec, ...]:
-    """Fewer stages where AMD's shared memory is small, as `default_stages` has it."""
-    n, k = SHAPES[layer]
-    splits = plan(n, k).splits
-    constants = {
-        **_fusion(layer),
-        "SPLITS": splits,
-        "SPLIT_LENGTH": split_length(k, splits, BLOCK_K),
-        "BLOCK_T": block_t,
-        "BLOCK_K": BLOCK_K,
-        "PDL": pdl,
-    }
-    name = f"matmul decode {layer} T{block_t}{' PDL' if pdl else ''}"
+def _staged(
+    name: str, kernel: Any, constants: dict[str, Any], num_warps: int, stages: int
+) -> tuple[KernelSpec, KernelSpec]:
+    """For NVIDIA with `stages`, and for AMD with two."""
+    aligned, cuda = ("stride_x",), ("sm_80", *HOPPER_ON)
+    return (
+        KernelSpec(name, kernel, TYPES, constants, num_warps, stages, aligned, cuda),
+        KernelSpec(f"{name} AMD", kernel, TYPES, constants, num_warps, 2, aligned, ("gfx942",)),
+    )
+
+
+def _decode(layer: str, block_t: int) -> tuple[KernelSpec, KernelSpec]:
+    constants = {**_fusion(layer), **_splits(*SHAPES[layer]), "BLOCK_K": BLOCK_K}
+    constants |= {"BLOCK_T": block_t, "PDL": False}
     stages = matmul_triton.WIDE_STAGES if block_t > 32 else 4
-    kernel, aligned = matmul_triton.decode_kernel, ("stride_x",)
-    cuda = NVIDIA_PDL if pdl else ("sm_80", *NVIDIA_PDL)
-    nvidia = KernelSpec(name, kernel, TYPES, constants, 4, stages, aligned, cuda)
-    amd = KernelSpec(f"{name}, 2 stages", kernel, TYPES, constants, 4, 2, aligned, ("gfx942",))
-    return (nvidia,) if pdl else (nvidia, amd)
+    name = f"matmul decode {layer} T{block_t}"
+    return _staged(name, matmul_triton.decode_kernel, constants, 4, stages)
+
+
+def _pdl(decode: KernelSpec) -> KernelSpec:
+    constants = {**decode.constants, "PDL": True}
+    return replace(decode, name=f"{decode.name} PDL", constants=constants, targets=HOPPER_ON)
+
+
+def _persistent(layer: str) -> tuple[KernelSpec, KernelSpec]:
+    persistent = matmul_persistent_triton
+    constants = {**_fusion(layer), **_splits(*SHAPES[layer]), **persistent.CONSTANTS}
+    kernel = persistent.persistent_kernel
+    return _staged(f"matmul persistent {layer}", kernel, constants, persistent.NUM_WARPS, 4)
+
+
+def _head(block_t: int) -> tuple[KernelSpec, KernelSpec]:
+    vocab, k = SHAPES["head"]
+    constants = {"V": vocab, "K": k, **_splits(vocab, k), "BLOCK_K": BLOCK_K, "UPCAST": False}
+    constants |= {"NORM_TILES": 64, "BLOCK_T": block_t}
+    stages = matmul_triton.WIDE_STAGES if block_t > 32 else 4
+    return _staged(f"lm head draw T{block_t}", lm_head_triton.head_kernel, constants, 4, stages)
+
+
+def _splits(n: int, k: int) -> dict[str, Any]:
+    splits = plan(n, k).splits
+    return {"SPLITS": splits, "SPLIT_LENGTH": split_length(k, splits, BLOCK_K)}
 
 
 def _gemv(layer: str, block_t: int) -> KernelSpec:
@@ -72,31 +116,20 @@ def _gemv(layer: str, block_t: int) -> KernelSpec:
     )
 
 
-def _persistent(layer: str) -> tuple[KernelSpec, ...]:
-    n, k = SHAPES[layer]
-    splits = plan(n, k).splits
-    constants = {
-        **_fusion(layer),
-        **matmul_persistent_triton.CONSTANTS,
-        "SPLITS": splits,
-        "SPLIT_LENGTH": split_length(k, splits, BLOCK_K),
-    }
-    name, kernel = f"matmul persistent {layer}", matmul_persistent_triton.persistent_kernel
-    warps, aligned = matmul_persistent_triton.NUM_WARPS, ("stride_x",)
-    cuda = ("sm_80", *NVIDIA_PDL)
-    return (
-        KernelSpec(name, kernel, TYPES, constants, warps, 4, aligned, cuda),
-        KernelSpec(f"{name}, 2 stages", kernel, TYPES, constants, warps, 2, aligned, ("gfx942",)),
-    )
-
-
+DECODE = (*_decode("gate_up", 16), *_decode("qkv", 32), *_decode("down", 64))
+HEAD_BLOCKS = lm_head_triton.num_blocks(SHAPES["head"][0])
 SPECS = (
-    *_decode("qkv", 16),
-    *_decode("gate_up", 32),
-    *_decode("down", 64),
-    *_decode("gate_up", 16, pdl=True),
+    *DECODE,
+    _pdl(DECODE[0]),
     _gemv("gate_up", 1),
     _gemv("down", 4),
     *_persistent("gate_up"),
-    *_persistent("down"),
+    *_head(16),
+    KernelSpec(
+        "lm head best",
+        lm_head_triton.best_kernel,
+        TYPES,
+        {"BLOCKS": HEAD_BLOCKS, "PADDED": triton.next_power_of_2(HEAD_BLOCKS)},
+        lm_head_triton.BEST_WARPS,
+    ),
 )
