@@ -211,6 +211,7 @@ def linear_decode(
         PDL=constants["PDL"] != 0,
         UPCAST=x.device.type == "cpu",
         **finish_arguments(fusion, output),
+        enable_fp_fusion=False,  # a + b * c rounds alike whatever the layout of a tile
         num_warps=config.num_warps,
         num_stages=min(config.num_stages, WIDE_STAGES) if block_t > 32 else config.num_stages,
         **({"launch_pdl": True} if constants["PDL"] else {}),

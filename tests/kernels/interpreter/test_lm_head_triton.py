@@ -36,8 +36,11 @@ def assert_same(sampled, expected):
     assert torch.equal(sampled.token_ids, expected.token_ids)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("vocab", [17, 1025, 4096 + 20])
+@pytest.mark.parametrize(
+    ("vocab", "dtype"),
+    [(17, torch.float32), (1025, torch.bfloat16), (1025, torch.float16), (4116, torch.float16)],
+    ids=str,
+)
 def test_the_token_is_the_sampler_s_on_the_layer_s_logits(vocab, dtype):
     x, head = grid(SLOTS, K).to(dtype), grid(vocab, K).to(dtype)
     slots, positions = torch.randperm(SLOTS), torch.randint(1 << 40, (SLOTS,))
@@ -68,10 +71,10 @@ def test_k_in_several_splits():
 
 
 def test_a_row_draws_the_same_alone_and_among_twenty():
-    x, head, params = grid(20, K), grid(300, K), params_for(300)
+    x, head, params = grid(20, K), grid(150, K), params_for(150)
     slots, positions = torch.arange(20) % SLOTS, torch.arange(20)
     together = draw_from_hidden(x, head, slots, positions, params)
-    for i_row in (0, 7, 19):
+    for i_row in (0, 19):
         row = slice(i_row, i_row + 1)
         alone = draw_from_hidden(x[row], head, slots[row], positions[row], params)
         assert torch.equal(alone.token_ids, together.token_ids[row])
