@@ -76,7 +76,9 @@ def head_kernel(
     # Ids and rows past the end are the last ones again: computed, and masked below.
     p_w = p_head + tl.minimum(o_v, V - 1).to(tl.int64)[:, None] * K
     p_row = p_x + o_row[:, None] * stride_x
-    b_x = product_of_splits(p_w, p_row, K, SPLITS, SPLIT_LENGTH, _BLOCK_V, BLOCK_T, BLOCK_K, UPCAST)
+    b_x = product_of_splits(
+        p_w, p_row, 0, 0, K, SPLITS, SPLIT_LENGTH, _BLOCK_V, BLOCK_T, BLOCK_K, False, UPCAST
+    )
     if p_norm_squares is not None:
         b_x *= inverse_rms(p_norm_squares, o_row, m_t, eps, K, NORM_TILES, BLOCK_T)[None, :]
     b_x = b_x.to(p_x.dtype.element_ty).to(tl.float32)  # [BLOCK_V, BLOCK_T], logits
@@ -144,12 +146,7 @@ def draw_from_hidden(
     """
     check_linear(x, head, Fusion(norm=norm))
     rows, (vocab, k) = x.shape[0], head.shape
-    if rows > MAX_ROWS:
-        raise ValueError(f"x: expected at most {MAX_ROWS} rows, got {rows}")
-    if vocab != params.vocab:
-        raise ValueError(f"head: expected {params.vocab} rows, as many as params, got {vocab}")
-    expect("slots", slots, (rows,), torch.int64)
-    expect("positions", positions, (rows,), torch.int64)
+    _check_draw(rows, vocab, slots, positions, params)
     sampled = SampledTokens(torch.empty_like(slots), torch.empty_like(slots, dtype=torch.bool))
     if rows == 0:
         return sampled
@@ -189,3 +186,14 @@ def draw_from_hidden(
         best, best_id, sampled.token_ids, sampled.ok, blocks, padded, num_warps=BEST_WARPS
     )
     return sampled
+
+
+def _check_draw(
+    rows: int, vocab: int, slots: Tensor, positions: Tensor, params: SlotSampling
+) -> None:
+    if rows > MAX_ROWS:
+        raise ValueError(f"x: expected at most {MAX_ROWS} rows, got {rows}")
+    if vocab != params.vocab:
+        raise ValueError(f"head: expected {params.vocab} rows, as many as params, got {vocab}")
+    expect("slots", slots, (rows,), torch.int64)
+    expect("positions", positions, (rows,), torch.int64)

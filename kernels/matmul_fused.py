@@ -83,16 +83,6 @@ def linear_fused_vendor(x: Tensor, weight: Tensor, fusion: Fusion = PLAIN) -> Li
     return _finish(F.linear(x, weight).float(), x, fusion)
 
 
-def linear_silu_mul(x: Tensor, gate_up: Tensor, norm: InputNorm | None = None) -> Tensor:
-    """The feed-forward's first half: x [T, E], gate_up [2F, E] interleaved -> [T, F]."""
-    return linear_fused_vendor(x, gate_up, Fusion(norm=norm, silu_mul=True)).y
-
-
-def linear_add(x: Tensor, weight: Tensor, residual: Tensor, gamma: Tensor) -> LinearOutput:
-    """A layer that ends a block: y is the new residual; scaled and squares are for the next one."""
-    return linear_fused_vendor(x, weight, Fusion(residual=residual, gamma=gamma))
-
-
 def _finish(acc: Tensor, x: Tensor, fusion: Fusion) -> LinearOutput:
     if fusion.norm is not None:
         mean = fusion.norm.squares.sum(dim=1, keepdim=True) / x.shape[1]

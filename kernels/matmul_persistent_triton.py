@@ -27,20 +27,22 @@ from millrace.kernels.matmul_plan import (
     weight_key,
 )
 from millrace.kernels.matmul_tile_triton import (
+    describe,
     empty_output,
     finish,
     finish_arguments,
+    has_tma,
     product_of_splits,
 )
 
-CONSTANTS = {"BLOCK_N": 128, "BLOCK_T": 128, "BLOCK_K": 64, "GROUP": 8}
+CONSTANTS = {"BLOCK_N": 128, "BLOCK_T": 128, "BLOCK_K": 64, "GROUP": 8, "TMA": 1}
 NUM_WARPS = 8
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def persistent_kernel(
-    p_x,  # [T, K]
-    p_weight,  # [N, K]
+    x,  # [T, K], or its descriptor
+    weight,  # [N, K], or its descriptor
     p_y,
     p_bias,
     p_norm_squares,
@@ -61,6 +63,7 @@ def persistent_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
+    TMA: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     tiles_n, tiles_t = tl.cdiv(N, BLOCK_N), tl.cdiv(num_rows, BLOCK_T)
@@ -70,13 +73,27 @@ def persistent_kernel(
         i_in_group = i_tile % (GROUP * tiles_n)
         i_t = first_t + i_in_group % tiles_in_group
         i_n = i_in_group // tiles_in_group
-        # Rows past the end are the last row again: they are computed and not written.
-        o_n = tl.minimum(i_n * BLOCK_N + tl.arange(0, BLOCK_N), N - 1).to(tl.int64)
-        o_t = i_t * BLOCK_T + tl.arange(0, BLOCK_T)
-        p_w = p_weight + o_n[:, None] * K
-        p_row = p_x + tl.minimum(o_t, num_rows - 1).to(tl.int64)[:, None] * stride_x
+        first_n, first_t = i_n * BLOCK_N, i_t * BLOCK_T
+        o_t = first_t + tl.arange(0, BLOCK_T)
+        if TMA:
+            w_rows, x_rows = weight, x
+        else:  # rows past the end are the last row again: they are computed and not written
+            o_n = tl.minimum(first_n + tl.arange(0, BLOCK_N), N - 1).to(tl.int64)
+            o_row = tl.minimum(o_t, num_rows - 1).to(tl.int64)
+            w_rows, x_rows = weight + o_n[:, None] * K, x + o_row[:, None] * stride_x
         b_acc = product_of_splits(
-            p_w, p_row, K, SPLITS, SPLIT_LENGTH, BLOCK_N, BLOCK_T, BLOCK_K, UPCAST
+            w_rows,
+            x_rows,
+            first_n,
+            first_t,
+            K,
+            SPLITS,
+            SPLIT_LENGTH,
+            BLOCK_N,
+            BLOCK_T,
+            BLOCK_K,
+            TMA,
+            UPCAST,
         )
         finish(
             b_acc,
@@ -102,7 +119,7 @@ def persistent_kernel(
 
 def persistent_config(weight: Tensor) -> LaunchConfig:
     """How `linear_persistent` of this weight is launched: its row in configs.json, else default."""
-    default = LaunchConfig(NUM_WARPS, default_stages(), CONSTANTS)
+    default = LaunchConfig(NUM_WARPS, default_stages(weight), CONSTANTS)
     return launch_config("linear_persistent", weight_key(weight), weight.device, default)
 
 
@@ -123,15 +140,16 @@ def linear_persistent(
     config, decode = config or persistent_config(weight), decode or decode_config(weight)
     constants, splits = config.constants, decode.constants["SPLITS"]
     length = split_length(k, splits, decode.constants["BLOCK_K"])
-    if length % constants["BLOCK_K"]:
+    block_n, block_t, block_k = (constants[f"BLOCK_{letter}"] for letter in "NTK")
+    if length % block_k:
         raise ValueError(f"config: expected a BLOCK_K that divides a split of {length}")
-    block_n, block_t = constants["BLOCK_N"], constants["BLOCK_T"]
     output = empty_output(x, weight, fusion, block_n)
     if rows:
+        tma = constants["TMA"] != 0 and has_tma(x) and has_tma(weight)
         tiles = triton.cdiv(n, block_n) * triton.cdiv(rows, block_t)
         persistent_kernel[(min(tiles, _multiprocessors(x.device)),)](
-            p_x=x,
-            p_weight=weight,
+            x=describe(x, block_t, block_k) if tma else x,
+            weight=describe(weight, block_n, block_k) if tma else weight,
             num_rows=rows,
             stride_x=x.stride(0),
             N=n,
@@ -140,8 +158,9 @@ def linear_persistent(
             SPLIT_LENGTH=length,
             BLOCK_N=block_n,
             BLOCK_T=block_t,
-            BLOCK_K=constants["BLOCK_K"],
+            BLOCK_K=block_k,
             GROUP=constants["GROUP"],
+            TMA=tma,
             UPCAST=x.device.type == "cpu",
             **finish_arguments(fusion, output),
             enable_fp_fusion=False,  # a + b * c rounds alike whatever the layout of a tile

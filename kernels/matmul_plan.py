@@ -57,8 +57,9 @@ def plan(n: int, k: int) -> Plan:
 def decode_config(weight: Tensor) -> LaunchConfig:
     """How the decode product of `weight` is launched: its row in configs.json, else the plan."""
     n, k = weight.shape
-    constants = {"BLOCK_N": BLOCK_N, "BLOCK_K": BLOCK_K, "SPLITS": plan(n, k).splits, "PDL": 0}
-    default = LaunchConfig(num_warps=4, num_stages=default_stages(), constants=constants)
+    tiles = {"BLOCK_N": BLOCK_N, "BLOCK_K": BLOCK_K, "SPLITS": plan(n, k).splits}
+    constants = {**tiles, "PDL": 0, "TMA": 0}
+    default = LaunchConfig(num_warps=4, num_stages=default_stages(weight), constants=constants)
     return launch_config("linear_decode", weight_key(weight), weight.device, default)
 
 
@@ -73,9 +74,10 @@ def split_length(k: int, splits: int, block_k: int) -> int:
     return math.ceil(math.ceil(k / block_k) / splits) * block_k
 
 
-def default_stages() -> int:
-    """Steps in flight: 4 keep 64 KiB on their way; AMD's 64 KiB of shared memory hold 2."""
-    return 2 if torch.version.hip else 4
+def default_stages(weight: Tensor) -> int:
+    """Steps in flight: 4 keep 64 KiB of 16-bit weights on their way. Two of float32, and two in
+    AMD's 64 KiB of shared memory."""
+    return 2 if torch.version.hip or weight.element_size() > 2 else 4
 
 
 def _cost(tiles: int, steps: int, splits: int) -> int:

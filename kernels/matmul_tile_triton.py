@@ -6,38 +6,52 @@ its right, so it is the weight, of which there is plenty, that goes left.
 
 The order of every sum is written down: K ascends in steps, splits ascend, and columns are added by
 halves (`ordered_sum`), never by tl.sum, whose order follows the tile's layout and so BLOCK_T.
+
+TMA (sm_90 and later): tiles are copied by the tensor memory accelerator, which takes a descriptor
+of the matrix where threads would compute an address for each 16 bytes. It needs rows that begin at
+multiples of 16 bytes. The bits are the same with and without.
 """
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from millrace.kernels.matmul_fused import Fusion, LinearOutput
+
+TMA_ALIGN = 16  # bytes
+TMA_SINCE = (9, 0)  # compute capability
 
 
 @triton.jit
 def product(
-    p_w,  # [BLOCK_N, 1], the rows of the weight
-    p_x,  # [BLOCK_T, 1], the rows of x
+    w,  # pointers to the rows of the weight, [BLOCK_N, 1]; or the weight's TMA descriptor
+    x,  # pointers to the rows of x, [BLOCK_T, 1]; or its descriptor
+    first_n,  # with descriptors: the first row of each
+    first_t,
     begin,
     end,
     K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    TMA: tl.constexpr,
     UPCAST: tl.constexpr,  # the interpreter multiplies 16-bit floats by other rules
 ):
     """Sum over begin <= k < end, ascending: f32 [BLOCK_N, BLOCK_T]."""
     b_acc = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
     for i_k in range(begin, end, BLOCK_K):
         o_k = i_k + tl.arange(0, BLOCK_K)[None, :]
-        if K % BLOCK_K == 0:
-            b_w = tl.load(p_w + o_k)
-            b_x = tl.load(p_x + o_k)
+        if TMA:
+            b_w = w.load([first_n, i_k])  # zeros past the end
+            b_x = x.load([first_t, i_k])
+        elif K % BLOCK_K == 0:
+            b_w = tl.load(w + o_k)
+            b_x = tl.load(x + o_k)
         else:
-            b_w = tl.load(p_w + o_k, mask=o_k < K, other=0.0)
-            b_x = tl.load(p_x + o_k, mask=o_k < K, other=0.0)
+            b_w = tl.load(w + o_k, mask=o_k < K, other=0.0)
+            b_x = tl.load(x + o_k, mask=o_k < K, other=0.0)
         if UPCAST:
             b_w = b_w.to(tl.float32)
             b_x = b_x.to(tl.float32)
@@ -47,25 +61,30 @@ def product(
 
 @triton.jit
 def product_of_splits(
-    p_w,
-    p_x,
+    w,
+    x,
+    first_n,
+    first_t,
     K: tl.constexpr,
     SPLITS: tl.constexpr,
     SPLIT_LENGTH: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    TMA: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """The whole of K by one program, in the order of a product whose splits run apart."""
     if SPLITS == 1:
-        return product(p_w, p_x, 0, K, K, BLOCK_N, BLOCK_T, BLOCK_K, UPCAST)
+        return product(w, x, first_n, first_t, 0, K, K, BLOCK_N, BLOCK_T, BLOCK_K, TMA, UPCAST)
     else:
         b_acc = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
         for i_split in range(SPLITS):
             begin = i_split * SPLIT_LENGTH
             end = tl.minimum(begin + SPLIT_LENGTH, K)
-            b_acc += product(p_w, p_x, begin, end, K, BLOCK_N, BLOCK_T, BLOCK_K, UPCAST)
+            b_acc += product(
+                w, x, first_n, first_t, begin, end, K, BLOCK_N, BLOCK_T, BLOCK_K, TMA, UPCAST
+            )
         return b_acc
 
 
@@ -170,3 +189,19 @@ def finish_arguments(
         "NORM_TILES": 1 if norm is None else norm.squares.shape[1],
         "SILU_MUL": fusion.silu_mul,
     }
+
+
+def has_tma(matrix: Tensor) -> bool:
+    """Whether TMA exists on its device and takes this matrix; the interpreter plays it."""
+    device = matrix.device
+    if torch.version.hip or (
+        device.type == "cuda" and torch.cuda.get_device_capability(device) < TMA_SINCE
+    ):
+        return False
+    row_bytes = matrix.stride(0) * matrix.element_size()
+    return row_bytes % TMA_ALIGN == 0 and matrix.data_ptr() % TMA_ALIGN == 0
+
+
+def describe(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """What TMA must know to copy tiles [rows, columns] of a matrix."""
+    return TensorDescriptor.from_tensor(matrix, [rows, columns])

@@ -26,9 +26,11 @@ from millrace.kernels.configs import LaunchConfig
 from millrace.kernels.matmul_fused import PLAIN, Fusion, LinearOutput, check_linear
 from millrace.kernels.matmul_plan import MAX_ROWS, decode_config, split_length
 from millrace.kernels.matmul_tile_triton import (
+    describe,
     empty_output,
     finish,
     finish_arguments,
+    has_tma,
     product,
 )
 
@@ -54,8 +56,8 @@ def _prefetch(p_w, begin, K: tl.constexpr, LENGTH: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_rows"])
 def decode_kernel(
-    p_x,  # [T, K]
-    p_weight,  # [N, K]
+    x,  # [T, K], or its descriptor
+    weight,  # [N, K], or its descriptor
     p_partial,  # f32 [tiles, SPLITS, BLOCK_N, BLOCK_T]
     p_tickets,  # i32 [tiles], zero before and after
     p_y,
@@ -78,20 +80,26 @@ def decode_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
+    TMA: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     i_tile, i_split = tl.program_id(0), tl.program_id(1)
     begin = i_split * SPLIT_LENGTH
     end = tl.minimum(begin + SPLIT_LENGTH, K)
-    # Rows past the end are the last row again: they are computed and not written.
-    o_n = tl.minimum(i_tile * BLOCK_N + tl.arange(0, BLOCK_N), N - 1).to(tl.int64)
     o_t = tl.arange(0, BLOCK_T)
-    p_w = p_weight + o_n[:, None] * K
-    p_row = p_x + tl.minimum(o_t, num_rows - 1).to(tl.int64)[:, None] * stride_x
+    if TMA:
+        w_rows, x_rows = weight, x
+    else:  # rows past the end are the last row again: they are computed and not written
+        o_n = tl.minimum(i_tile * BLOCK_N + tl.arange(0, BLOCK_N), N - 1).to(tl.int64)
+        o_row = tl.minimum(o_t, num_rows - 1).to(tl.int64)
+        w_rows, x_rows = weight + o_n[:, None] * K, x + o_row[:, None] * stride_x
     if PDL:
-        _prefetch(p_w, begin, K, BLOCK_K * 2)
+        if not TMA:
+            _prefetch(w_rows, begin, K, BLOCK_K * 2)
         tl.extra.cuda.gdc_wait()
-    b_acc = product(p_w, p_row, begin, end, K, BLOCK_N, BLOCK_T, BLOCK_K, UPCAST)
+    b_acc = product(
+        w_rows, x_rows, i_tile * BLOCK_N, 0, begin, end, K, BLOCK_N, BLOCK_T, BLOCK_K, TMA, UPCAST
+    )
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     if SPLITS > 1:
@@ -194,9 +202,10 @@ def linear_decode(
     output = empty_output(x, weight, fusion, block_n)
     if rows == 0:
         return output
+    tma = constants["TMA"] != 0 and has_tma(x) and has_tma(weight)
     decode_kernel[(tiles, splits)](
-        p_x=x,
-        p_weight=weight,
+        x=describe(x, block_t, block_k) if tma else x,
+        weight=describe(weight, block_n, block_k) if tma else weight,
         p_partial=workspace.partial,
         p_tickets=workspace.tickets,
         num_rows=rows,
@@ -209,6 +218,7 @@ def linear_decode(
         BLOCK_T=block_t,
         BLOCK_K=block_k,
         PDL=constants["PDL"] != 0,
+        TMA=tma,
         UPCAST=x.device.type == "cpu",
         **finish_arguments(fusion, output),
         enable_fp_fusion=False,  # a + b * c rounds alike whatever the layout of a tile

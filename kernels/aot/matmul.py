@@ -3,6 +3,7 @@
 Those with stages that AMD's shared memory does not hold come twice, as `default_stages` has it.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,8 @@ from millrace.kernels.aot.compiler import KernelSpec
 from millrace.kernels.matmul_plan import BLOCK_K, BLOCK_N, plan, split_length
 
 TYPES = {
+    "x": "*bf16",
+    "weight": "*bf16",
     "p_x": "*bf16",
     "p_weight": "*bf16",
     "p_partial": "*fp32",
@@ -50,7 +53,7 @@ SHAPES = {
     "down": (4096, 14336),
     "head": (128256, 4096),
 }
-HOPPER_ON = ("sm_90", "sm_100")
+HOPPER_ON, AMD = ("sm_90", "sm_100"), ("gfx942",)
 
 
 def _fusion(layer: str) -> dict[str, Any]:
@@ -66,28 +69,44 @@ def _staged(
     aligned, cuda = ("stride_x",), ("sm_80", *HOPPER_ON)
     return (
         KernelSpec(name, kernel, TYPES, constants, num_warps, stages, aligned, cuda),
-        KernelSpec(f"{name} AMD", kernel, TYPES, constants, num_warps, 2, aligned, ("gfx942",)),
+        KernelSpec(f"{name} AMD", kernel, TYPES, constants, num_warps, 2, aligned, AMD),
     )
 
 
 def _decode(layer: str, block_t: int) -> tuple[KernelSpec, KernelSpec]:
     constants = {**_fusion(layer), **_splits(*SHAPES[layer]), "BLOCK_K": BLOCK_K}
-    constants |= {"BLOCK_T": block_t, "PDL": False}
+    constants |= {"BLOCK_T": block_t, "PDL": False, "TMA": False}
     stages = matmul_triton.WIDE_STAGES if block_t > 32 else 4
     name = f"matmul decode {layer} T{block_t}"
     return _staged(name, matmul_triton.decode_kernel, constants, 4, stages)
 
 
-def _pdl(decode: KernelSpec) -> KernelSpec:
-    constants = {**decode.constants, "PDL": True}
-    return replace(decode, name=f"{decode.name} PDL", constants=constants, targets=HOPPER_ON)
+def _variant(spec: KernelSpec, variant: str) -> KernelSpec:
+    """PDL or TMA on, where there is such a thing."""
+    constants = {**spec.constants, variant: True}
+    types = _described(constants) if variant == "TMA" else spec.types
+    name = f"{spec.name} {variant}"
+    return replace(spec, name=name, types=types, constants=constants, targets=HOPPER_ON)
 
 
-def _persistent(layer: str) -> tuple[KernelSpec, KernelSpec]:
-    persistent = matmul_persistent_triton
+def _described(constants: Mapping[str, Any]) -> dict[str, str]:
+    n, t, k = (constants[f"BLOCK_{letter}"] for letter in "NTK")
+    return {**TYPES, "x": f"tensordesc<bf16[{t},{k}]>", "weight": f"tensordesc<bf16[{n},{k}]>"}
+
+
+def _persistent(layer: str) -> tuple[KernelSpec, ...]:
+    """Through descriptors where there is TMA, through pointers elsewhere."""
+    persistent, name = matmul_persistent_triton, f"matmul persistent {layer}"
     constants = {**_fusion(layer), **_splits(*SHAPES[layer]), **persistent.CONSTANTS}
-    kernel = persistent.persistent_kernel
-    return _staged(f"matmul persistent {layer}", kernel, constants, persistent.NUM_WARPS, 4)
+    kernel, warps, rest = persistent.persistent_kernel, persistent.NUM_WARPS, {"TMA": False}
+    aligned = ("stride_x",)
+    return (
+        KernelSpec(
+            f"{name} TMA", kernel, _described(constants), constants, warps, 4, aligned, HOPPER_ON
+        ),
+        KernelSpec(name, kernel, TYPES, constants | rest, warps, 4, aligned, ("sm_80",)),
+        KernelSpec(f"{name} AMD", kernel, TYPES, constants | rest, warps, 2, aligned, AMD),
+    )
 
 
 def _head(block_t: int) -> tuple[KernelSpec, KernelSpec]:
@@ -120,7 +139,8 @@ DECODE = (*_decode("gate_up", 16), *_decode("qkv", 32), *_decode("down", 64))
 HEAD_BLOCKS = lm_head_triton.num_blocks(SHAPES["head"][0])
 SPECS = (
     *DECODE,
-    _pdl(DECODE[0]),
+    _variant(DECODE[0], "PDL"),
+    _variant(DECODE[0], "TMA"),
     _gemv("gate_up", 1),
     _gemv("down", 4),
     *_persistent("gate_up"),

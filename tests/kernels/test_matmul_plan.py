@@ -51,4 +51,5 @@ def test_a_measured_row_overrides_the_plan(monkeypatch):
     assert decode_config(weight) == "row"
     op, key, _, default = asked[0]
     assert (op, key) == ("linear_decode", "bfloat16 N4096 K14336")
-    assert default.constants == {"BLOCK_N": 64, "BLOCK_K": 128, "SPLITS": 2, "PDL": 0}
+    tiles = {"BLOCK_N": 64, "BLOCK_K": 128, "SPLITS": 2}
+    assert default.constants == {**tiles, "PDL": 0, "TMA": 0}

@@ -156,15 +156,16 @@ def test_a_chain_replays_in_a_graph_with_the_same_bits():
         assert torch.equal(replayed, layers())
 
 
+@pytest.mark.parametrize("variant", ["PDL", "TMA"])
 @pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0),
-    reason="programmatic dependent launch is of sm_90 and later",
+    reason="of sm_90 and later",
 )
-def test_a_chain_that_starts_early_gives_the_same_bits():
+def test_a_chain_that_starts_early_or_copies_by_tma_has_the_same_bits(variant):
     """Forty dependent layers in a graph: each reads what the one before wrote, and its scratch."""
     x, weight = tensors(16, 4096, 4096, torch.bfloat16)
     workspace, config = workspace_for(weight), decode_config(weight)
-    early = replace(config, constants={**config.constants, "PDL": 1})
+    changed = replace(config, constants={**config.constants, variant: 1})
 
     def chain(config):
         y = x
@@ -173,10 +174,10 @@ def test_a_chain_that_starts_early_gives_the_same_bits():
         return y
 
     expected = chain(config)
-    chain(early)
+    chain(changed)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = chain(early)
+        captured = chain(changed)
     for _ in range(50):
         graph.replay()
         assert torch.equal(captured, expected)

@@ -1,5 +1,7 @@
 """Matrix products in the interpreter: against the definition, and bit for bit over rows."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -15,7 +17,7 @@ from millrace.kernels.matmul_fused import (
     linear_fused_reference,
 )
 from millrace.kernels.matmul_persistent_triton import linear_persistent
-from millrace.kernels.matmul_plan import plan
+from millrace.kernels.matmul_plan import decode_config, plan
 from millrace.kernels.matmul_triton import Workspace, linear_decode
 
 # Masked lanes compute what is not written; NumPy, which plays the GPU here, warns of that.
@@ -129,7 +131,7 @@ def test_gemv_gives_a_row_the_same_bits_among_others():
         linear_gemv(torch.zeros(5, 1030), weight)
 
 
-PREFILL = LaunchConfig(8, 2, {"BLOCK_N": 128, "BLOCK_T": 32, "BLOCK_K": 128, "GROUP": 2})
+PREFILL = LaunchConfig(8, 2, {"BLOCK_N": 128, "BLOCK_T": 32, "BLOCK_K": 128, "GROUP": 2, "TMA": 0})
 
 
 @EVERY_FUSION
@@ -171,6 +173,27 @@ def test_a_row_has_the_same_bits_in_a_prefill_as_in_a_decode_step(name):
         assert torch.equal(*y_of), "tiles of 64 and of 128 columns add to the same squares"
 
 
+def with_tma(config):
+    return replace(config, constants={**config.constants, "TMA": 1})
+
+
+def test_tiles_copied_through_descriptors_give_the_same_bits():
+    """70 x 66 in tiles of 64 or 128, and K = 152 in steps of 128: all ends are ragged."""
+    x, weight = torch.randn(70, 152), layer(66, 152)
+    prefill = linear_persistent(x, weight, config=PREFILL).y
+    assert torch.equal(linear_persistent(x, weight, config=with_tma(PREFILL)).y, prefill)
+    config, workspace = decode_config(weight), workspace_for(weight)
+    decode = linear_decode(x[:5], weight, workspace, config=config).y
+    described = linear_decode(x[:5], weight, workspace, config=with_tma(config)).y
+    assert torch.equal(described, decode)
+
+
+def test_rows_that_no_descriptor_takes_are_read_through_pointers():
+    x, weight = torch.randn(3, 101), layer(8, 101)  # 404 bytes are no multiple of 16
+    output = linear_persistent(x, weight, config=with_tma(PREFILL))
+    assert_is_defined(output, x, weight, PLAIN)
+
+
 def test_a_prefill_s_step_must_divide_the_decode_s_split():
     config = LaunchConfig(8, 2, {**PREFILL.constants, "BLOCK_K": 256})
     with pytest.raises(ValueError, match=r"^config: expected a BLOCK_K that divides"):
@@ -187,7 +210,7 @@ def test_splits_are_added_in_ascending_order():
 
 def test_a_row_of_the_table_says_how_it_is_cut():
     x, weight = torch.randn(2, 256), layer(48, 256)
-    constants = {"BLOCK_N": 32, "BLOCK_K": 64, "SPLITS": 2, "PDL": 0}
+    constants = {"BLOCK_N": 32, "BLOCK_K": 64, "SPLITS": 2, "PDL": 0, "TMA": 0}
     config = LaunchConfig(num_warps=2, num_stages=2, constants=constants)
     workspace = workspace_for(layer(512, 512))
     assert_is_defined(linear_decode(x, weight, workspace, config=config), x, weight, PLAIN)
