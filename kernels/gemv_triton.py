@@ -8,6 +8,8 @@ fills the device without splits: 2048 rows are 512 programs.
 The work grows with the rows of x, and the order of the sums is not that of the tensor cores: a row
 does not have the bits that `matmul_triton.py` gives it. So this form is for where the table of
 `linear_choice.py` measured it faster, and never for deterministic serving.
+
+PDL is as in `matmul_triton.py`.
 """
 
 import triton
@@ -17,10 +19,14 @@ from torch import Tensor
 from millrace.kernels.configs import LaunchConfig, launch_config
 from millrace.kernels.matmul_fused import PLAIN, Fusion, LinearOutput, check_linear
 from millrace.kernels.matmul_plan import weight_key
-from millrace.kernels.matmul_tile_triton import empty_output, finish, finish_arguments
+from millrace.kernels.matmul_tile_triton import empty_output, finish, finish_arguments, prefetch
 
 MAX_GEMV_ROWS = 4
-DEFAULT = LaunchConfig(num_warps=4, num_stages=1, constants={"BLOCK_N": 4, "BLOCK_K": 512})
+NUM_WARPS = 4
+BLOCK_K = NUM_WARPS * 32 * 8
+"""16 bytes a thread: x then lies in the same threads as the weight, and no step needs a barrier."""
+CONSTANTS = {"BLOCK_N": 4, "BLOCK_K": BLOCK_K, "UNROLL": 2, "PDL": 0}
+DEFAULT = LaunchConfig(NUM_WARPS, num_stages=1, constants=CONSTANTS)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -44,6 +50,8 @@ def gemv_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    UNROLL: tl.constexpr,  # steps whose loads are on their way together
+    PDL: tl.constexpr,
 ):
     i_tile = tl.program_id(0)
     # Rows past the end are the last row again: they are computed and not written.
@@ -51,8 +59,11 @@ def gemv_kernel(
     o_t = tl.arange(0, BLOCK_T)
     p_w = p_weight + o_n[:, None, None] * K
     p_row = p_x + tl.minimum(o_t, num_rows - 1).to(tl.int64)[None, :, None] * stride_x
+    if PDL:
+        prefetch(p_weight + o_n[:, None] * K, 0, K, BLOCK_K * 2)
+        tl.extra.cuda.gdc_wait()
     b_acc = tl.zeros([BLOCK_N, BLOCK_T, BLOCK_K], tl.float32)
-    for i_k in range(0, K, BLOCK_K):
+    for i_k in tl.range(0, K, BLOCK_K, loop_unroll_factor=UNROLL):
         o_k = i_k + tl.arange(0, BLOCK_K)[None, None, :]
         if K % BLOCK_K == 0:
             b_w = tl.load(p_w + o_k, eviction_policy="evict_first")
@@ -61,6 +72,8 @@ def gemv_kernel(
             b_w = tl.load(p_w + o_k, mask=o_k < K, other=0.0, eviction_policy="evict_first")
             b_x = tl.load(p_row + o_k, mask=o_k < K, other=0.0)
         b_acc += b_w.to(tl.float32) * b_x.to(tl.float32)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     finish(
         tl.sum(b_acc, axis=2),
         i_tile,
@@ -100,7 +113,7 @@ def linear_gemv(
     if rows > MAX_GEMV_ROWS:
         raise ValueError(f"x: expected at most {MAX_GEMV_ROWS} rows, got {rows}")
     config = config or gemv_config(weight)
-    block_n = config.constants["BLOCK_N"]
+    block_n, pdl = config.constants["BLOCK_N"], config.constants["PDL"] != 0
     output = empty_output(x, weight, fusion, block_n)
     if rows:
         gemv_kernel[(triton.cdiv(n, block_n),)](
@@ -113,8 +126,11 @@ def linear_gemv(
             BLOCK_N=block_n,
             BLOCK_T=triton.next_power_of_2(rows),
             BLOCK_K=config.constants["BLOCK_K"],
+            UNROLL=config.constants["UNROLL"],
+            PDL=pdl,
             **finish_arguments(fusion, output),
             num_warps=config.num_warps,
             num_stages=config.num_stages,
+            **({"launch_pdl": True} if pdl else {}),
         )
     return output

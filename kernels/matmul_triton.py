@@ -31,27 +31,12 @@ from millrace.kernels.matmul_tile_triton import (
     finish,
     finish_arguments,
     has_tma,
+    prefetch,
     product,
 )
 
 MIN_BLOCK_T = 16
 WIDE_STAGES = 3  # of 64 rows of x: two programs must fit into a multiprocessor's shared memory
-
-
-@triton.jit
-def _prefetch(p_w, begin, K: tl.constexpr, LENGTH: tl.constexpr):
-    """Ask the L2 cache for LENGTH columns of each row, a line of 128 bytes at a time."""
-    LINE: tl.constexpr = 128 * 8 // p_w.dtype.element_ty.primitive_bitwidth
-    o_line = begin + tl.arange(0, LENGTH // LINE) * LINE
-    p_line = p_w + tl.minimum(o_line, K - 1)[None, :]
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-        "=r,l",
-        [p_line],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -95,7 +80,7 @@ def decode_kernel(
         w_rows, x_rows = weight + o_n[:, None] * K, x + o_row[:, None] * stride_x
     if PDL:
         if not TMA:
-            _prefetch(w_rows, begin, K, BLOCK_K * 2)
+            prefetch(w_rows, begin, K, BLOCK_K * 2)
         tl.extra.cuda.gdc_wait()
     b_acc = product(
         w_rows, x_rows, i_tile * BLOCK_N, 0, begin, end, K, BLOCK_N, BLOCK_T, BLOCK_K, TMA, UPCAST

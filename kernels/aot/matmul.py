@@ -142,6 +142,7 @@ SPECS = (
     _variant(DECODE[0], "PDL"),
     _variant(DECODE[0], "TMA"),
     _gemv("gate_up", 1),
+    _variant(_gemv("gate_up", 1), "PDL"),
     _gemv("down", 4),
     *_persistent("gate_up"),
     *_head(16),
