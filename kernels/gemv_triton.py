@@ -23,10 +23,7 @@ from millrace.kernels.matmul_tile_triton import empty_output, finish, finish_arg
 
 MAX_GEMV_ROWS = 4
 NUM_WARPS = 4
-BLOCK_K = NUM_WARPS * 32 * 8
-"""16 bytes a thread: x then lies in the same threads as the weight, and no step needs a barrier."""
-CONSTANTS = {"BLOCK_N": 4, "BLOCK_K": BLOCK_K, "UNROLL": 2, "PDL": 0}
-DEFAULT = LaunchConfig(NUM_WARPS, num_stages=1, constants=CONSTANTS)
+LOAD_BYTES = 16  # of a thread, at once
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -98,7 +95,16 @@ def gemv_kernel(
 
 def gemv_config(weight: Tensor) -> LaunchConfig:
     """How `linear_gemv` of this weight is launched: its row in configs.json, else the default."""
-    return launch_config("linear_gemv", weight_key(weight), weight.device, DEFAULT)
+    default = default_gemv_config(weight.element_size())
+    return launch_config("linear_gemv", weight_key(weight), weight.device, default)
+
+
+def default_gemv_config(element_size: int) -> LaunchConfig:
+    """A step is one load a thread: x then lies in the same threads as the weight, and no step needs
+    a barrier."""
+    block_k = NUM_WARPS * 32 * LOAD_BYTES // element_size
+    constants = {"BLOCK_N": 4, "BLOCK_K": block_k, "UNROLL": 2, "PDL": 0}
+    return LaunchConfig(NUM_WARPS, num_stages=1, constants=constants)
 
 
 def linear_gemv(

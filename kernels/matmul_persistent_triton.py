@@ -36,6 +36,8 @@ from millrace.kernels.matmul_tile_triton import (
 )
 
 CONSTANTS = {"BLOCK_N": 128, "BLOCK_T": 128, "BLOCK_K": 64, "GROUP": 8, "TMA": 1}
+CONSTANTS_FLOAT32 = {**CONSTANTS, "BLOCK_N": 64, "BLOCK_T": 64, "BLOCK_K": 32}
+"""Without tensor cores a tile's operands live in registers as well."""
 NUM_WARPS = 8
 
 
@@ -119,7 +121,8 @@ def persistent_kernel(
 
 def persistent_config(weight: Tensor) -> LaunchConfig:
     """How `linear_persistent` of this weight is launched: its row in configs.json, else default."""
-    default = LaunchConfig(NUM_WARPS, default_stages(weight), CONSTANTS)
+    constants = CONSTANTS_FLOAT32 if weight.dtype == torch.float32 else CONSTANTS
+    default = LaunchConfig(NUM_WARPS, default_stages(weight), constants)
     return launch_config("linear_persistent", weight_key(weight), weight.device, default)
 
 

@@ -218,7 +218,8 @@ def has_tma(matrix: Tensor) -> bool:
     ):
         return False
     row_bytes = matrix.stride(0) * matrix.element_size()
-    return row_bytes % TMA_ALIGN == 0 and matrix.data_ptr() % TMA_ALIGN == 0
+    aligned = row_bytes % TMA_ALIGN == 0 and matrix.data_ptr() % TMA_ALIGN == 0
+    return aligned and row_bytes > 0  # an expanded row has a stride of 0
 
 
 def describe(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:

@@ -123,7 +123,7 @@ def _splits(n: int, k: int) -> dict[str, Any]:
 
 
 def _gemv(layer: str, block_t: int) -> KernelSpec:
-    config = gemv_triton.DEFAULT
+    config = gemv_triton.default_gemv_config(element_size=2)
     return KernelSpec(
         f"matmul gemv {layer} T{block_t}",
         gemv_triton.gemv_kernel,
