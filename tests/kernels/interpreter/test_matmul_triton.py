@@ -29,7 +29,7 @@ FUSIONS = ("plain", "bias", "norm silu_mul", "norm bias", "residual")
 EVERY_FUSION = pytest.mark.parametrize(
     ("name", "dtype"),
     [(name, torch.float32) for name in FUSIONS]
-    + [(name, dtype) for name in FUSIONS[2:] for dtype in (torch.float16, torch.bfloat16)],
+    + [(name, dtype) for name in FUSIONS[2::2] for dtype in (torch.float16, torch.bfloat16)],
     ids=str,
 )
 
@@ -135,7 +135,7 @@ PREFILL = LaunchConfig(8, 2, {"BLOCK_N": 128, "BLOCK_T": 32, "BLOCK_K": 128, "GR
 
 
 @EVERY_FUSION
-@pytest.mark.parametrize(("rows", "n", "k"), [(1, 64, 128), (70, 130, 300)])
+@pytest.mark.parametrize(("rows", "n", "k"), [(1, 64, 128), (40, 130, 300)])
 def test_persistent(rows, n, k, name, dtype):
     x, weight = torch.randn(rows, k).to(dtype), layer(n, k, dtype)
     fusion = fusion_of(name, rows, n, k, dtype)
