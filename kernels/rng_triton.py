@@ -44,7 +44,14 @@ def gumbel_at(seed, position, ids):
 
 
 @triton.jit
+def gumbel_calls(seed, position, counters):
+    """Noise of whole calls, [...] -> [..., 2, 2]: element (a, b) is of word 2 a + b of the call."""
+    w0, w1, w2, w3 = _philox(seed, position, counters)
+    return _gumbel(tl.join(tl.join(w0, w2), tl.join(w1, w3)))
+
+
+@triton.jit
 def gumbel_tile(seed, position, i_tile):
     """Noise of a tile, [CALLS, 4]: element (i, w) is that of id tile * 4096 + w * 1024 + i."""
-    w0, w1, w2, w3 = _philox(seed, position, i_tile * _CALLS + tl.arange(0, _CALLS))
-    return _gumbel(tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (_CALLS, 4)))
+    noise = gumbel_calls(seed, position, i_tile * _CALLS + tl.arange(0, _CALLS))
+    return tl.reshape(noise, (_CALLS, 4))

@@ -1,6 +1,6 @@
 """Every kernel with the signatures it is launched with, compiled ahead of time for its targets."""
 
-from millrace.kernels.aot import activation, attention, kv_append, norm, sampling
+from millrace.kernels.aot import activation, attention, kv_append, matmul, norm, sampling
 from millrace.kernels.aot.compiler import TARGETS, CompiledKernel, KernelSpec, Target, compile_spec
 
 __all__ = ["SPECS", "TARGETS", "CompiledKernel", "KernelSpec", "Target", "compile_spec"]
@@ -10,5 +10,6 @@ SPECS: tuple[KernelSpec, ...] = (
     *kv_append.SPECS,
     *norm.SPECS,
     *activation.SPECS,
+    *matmul.SPECS,
     *sampling.SPECS,
 )
