@@ -125,89 +125,54 @@ def paged_attention(
     expect_attention_inputs(q, k_cache, v_cache, prepared.block_size, scale, softcap, kv_scales)
     _expect_supported(q, k_cache)
     batch, window = prepared.batch, prepared.window or 0
-    num_tokens, num_heads = q.shape[:2]
+    num_heads, head_dim = q.shape[1:]
     num_decodes, num_rows = batch.num_decodes, batch.slots.shape[0]
-    num_kv_heads, head_dim = k_cache.shape[2:]
-    group, config = num_heads // num_kv_heads, attention_config(q.device, q.dtype, head_dim)
-    block_m = max(config.constants["BLOCK_M"], triton.next_power_of_2(group))
-    num_splits = _num_splits(batch.max_context_len, window)
-    num_blocks = 0
-    if num_rows > num_decodes:
-        num_blocks = (num_tokens - num_decodes) // (block_m // group) + num_rows - num_decodes
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if num_rows == 0:
         return out
+    group = num_heads // k_cache.shape[2]
+    config = attention_config(q.device, q.dtype, head_dim)
+    block_m = max(config.constants["BLOCK_M"], triton.next_power_of_2(group))
+    num_splits, num_blocks = _num_splits(batch.max_context_len, window), 0
+    if num_rows > num_decodes:
+        num_blocks = (q.shape[0] - num_decodes) // (block_m // group) + num_rows - num_decodes
     partial = torch.empty(num_decodes, num_heads, num_splits, head_dim, device=q.device)
     maxima = torch.empty(num_decodes, num_heads, num_splits, device=q.device)
     sums = torch.empty_like(maxima)
-    k_scale = None if kv_scales is None else kv_scales.key
-    v_scale = None if kv_scales is None else kv_scales.value
-    block_d = max(MIN_BLOCK_M, triton.next_power_of_2(head_dim))
-    attention_kernel[(num_decodes * num_splits + num_blocks, num_kv_heads)](
-        q,
-        k_cache,
-        v_cache,
-        batch.block_table,
-        batch.slots,
-        batch.query_start,
-        batch.context_lens,
-        k_scale,
-        v_scale,
-        out,
-        partial,
-        maxima,
-        sums,
+    k_scale, v_scale = (None, None) if kv_scales is None else (kv_scales.key, kv_scales.value)
+    shared = {  # constants of both kernels
+        "SCALED": kv_scales is not None,
+        "GROUP": group,
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": max(MIN_BLOCK_M, triton.next_power_of_2(head_dim)),
+        "SPLIT": SPLIT,
+        "WINDOW": window,
+    }
+    attention_kernel[(num_decodes * num_splits + num_blocks, k_cache.shape[2])](
+        q, k_cache, v_cache, batch.block_table, batch.slots, batch.query_start,
+        batch.context_lens, k_scale, v_scale, out, partial, maxima, sums,
         scale * LOG2_E if softcap is None else scale / softcap,
         0.0 if softcap is None else softcap * LOG2_E,
-        num_decodes,
-        num_rows,
-        num_splits,
-        q.stride(0),
-        q.stride(1),
-        batch.block_table.stride(0),
-        HAS_DECODES=num_decodes > 0,
-        HAS_PREFILLS=num_blocks > 0,
-        SCALED=kv_scales is not None,
-        NUM_KV_HEADS=num_kv_heads,
-        GROUP=group,
-        HEAD_DIM=head_dim,
-        BLOCK_D=block_d,
-        DECODE_M=max(MIN_BLOCK_M, triton.next_power_of_2(group)),
-        BLOCK_M=block_m,
-        BLOCK_SIZE=prepared.block_size,
-        SPLIT=SPLIT,
-        TILE=config.constants["TILE"],
-        WINDOW=window,
-        SOFTCAP=softcap is not None,
+        num_decodes, num_rows, num_splits, q.stride(0), q.stride(1), batch.block_table.stride(0),
+        HAS_DECODES=num_decodes > 0, HAS_PREFILLS=num_blocks > 0, NUM_KV_HEADS=k_cache.shape[2],
+        DECODE_M=max(MIN_BLOCK_M, triton.next_power_of_2(group)), BLOCK_M=block_m,
+        BLOCK_SIZE=prepared.block_size, TILE=config.constants["TILE"], SOFTCAP=softcap is not None,
         UPCAST=q.device.type == "cpu" and q.dtype == torch.bfloat16,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+        num_warps=config.num_warps, num_stages=config.num_stages, **shared,
+    )  # fmt: skip
     if num_decodes and num_splits > 1:
         merge_kernel[(num_decodes, num_heads)](
-            partial,
-            maxima,
-            sums,
-            batch.context_lens,
-            v_scale,
-            out,
-            num_splits,
-            SCALED=kv_scales is not None,
-            GROUP=group,
-            HEAD_DIM=head_dim,
-            BLOCK_D=block_d,
-            SPLIT=SPLIT,
-            WINDOW=window,
-            UNROLL=MERGE_UNROLL,
-            num_warps=MERGE_WARPS,
-        )
+            partial, maxima, sums, batch.context_lens, v_scale, out, num_splits,
+            UNROLL=MERGE_UNROLL, num_warps=MERGE_WARPS, **shared,
+        )  # fmt: skip
     return out
 
 
 def _num_splits(max_context_len: int, window: int) -> int:
-    """The most splits that a decode sees; a window of 40 touches at most two, wherever it lies."""
-    num_splits = max(1, triton.cdiv(max_context_len, SPLIT))
-    return min(num_splits, triton.cdiv(window - 1, SPLIT) + 1) if window else num_splits
+    """The most splits that a decode sees: a window of 40 touches at most two, wherever it lies."""
+    if window:
+        max_context_len = min(max_context_len, window + SPLIT - 1)
+    return max(1, -(-max_context_len // SPLIT))
 
 
 @cache

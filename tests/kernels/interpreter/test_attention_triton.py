@@ -244,16 +244,22 @@ def test_a_prompt_has_the_same_bits_in_chunks_as_whole(prompt, size, window, sof
         assert torch.equal(attend(chunk(case, start, stop), window, softcap), whole[start:stop])
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize(("window", "softcap"), [(None, None), (50, 2.0)])
-def test_a_position_has_the_same_bits_decoded_as_prefilled(prompt, window, softcap, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "window", "softcap"),
+    [
+        (torch.float16, None, None),
+        (torch.bfloat16, None, None),
+        (torch.float32, 50, 2.0),
+    ],
+    ids=str,
+)
+def test_a_position_has_the_same_bits_decoded_as_prefilled(prompt, dtype, window, softcap):
     case = prompt(dtype)
     whole = attend(case, window, softcap)
-    for position in (0, 1, 31, 32, 100, SPLIT - 1, SPLIT, SPLIT + 4):
-        stop = position + 1
+    for position in (0, 31, 32, 100, SPLIT - 1, SPLIT, SPLIT + 4):
         for num_decodes in (0, 1):
-            one = attend(chunk(case, position, stop, num_decodes), window, softcap)
-            assert torch.equal(one[0], whole[position])
+            one = chunk(case, position, position + 1, num_decodes)
+            assert torch.equal(attend(one, window, softcap)[0], whole[position])
 
 
 def test_many_splits_have_the_same_bits_merged_as_folded(prompt):
