@@ -40,9 +40,13 @@ def _attention(
     window: int = 0,
     softcap: bool = False,
     fp8: bool = False,
+    fp32: bool = False,
 ) -> KernelSpec:
-    launch = attention_triton.default_config(torch.bfloat16, head_dim, targets == HOPPER)
+    dtype = torch.float32 if fp32 else torch.bfloat16
+    launch = attention_triton.default_config(dtype, head_dim, targets == HOPPER)
     types = {n: TYPES.get(n, "*fp32") for n in attention_triton.attention_kernel.arg_names}
+    if fp32:
+        types |= {"p_q": "*fp32", "p_k": "*fp32", "p_v": "*fp32", "p_out": "*fp32"}
     scales = {"p_k_scale": None, "p_v_scale": None}
     if fp8:
         types |= {"p_k": "*fp8e4nv", "p_v": "*fp8e4nv"}
@@ -95,7 +99,6 @@ def _merge(head_dim: int) -> KernelSpec:
 
 
 SPECS = (
-    _attention("decode D64", HOPPER, 64, 3, prefills=False),
     _attention("decode D128", HOPPER, 128, 4, prefills=False),
     _attention("mixed D64 P64", HOPPER, 64, 3, block_size=64),
     _attention("mixed D80", HOPPER, 80, 1),
@@ -106,5 +109,6 @@ SPECS = (
     _attention("mixed D96, small tiles", OTHERS, 96, 1),
     _attention("mixed D128 fp8, small tiles", WITH_FP8, 128, 4, fp8=True),
     _attention("mixed D256 window softcap, small tiles", OTHERS, 256, 2, window=4096, softcap=True),
+    _attention("mixed D128 fp32", (*HOPPER, *OTHERS), 128, 4, fp32=True),
     _merge(128),
 )
