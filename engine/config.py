@@ -22,7 +22,7 @@ MAX_MESSAGE_BYTES = 16 * 2**20  # one gRPC message, either way
 MAX_PROMPT_BYTES = 8 * 2**20  # of text, before tokenizing
 MAX_REQUEST_ID_BYTES = 256
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-ATTENTION_BACKENDS = ("auto", "torch", "triton", "reference")
+ATTENTION_BACKENDS = ("auto", "torch", "triton", "xformers", "reference")
 ENV_PREFIX = "MILLRACE_"
 
 
@@ -44,7 +44,9 @@ class EngineConfig:
     dtype: str = setting(
         "auto", "of weights and KV: auto, float32 (exact on CPU), bfloat16 or float16"
     )
-    attention_backend: str = setting("auto", "kernels to run: auto, torch, triton or reference")
+    attention_backend: str = setting(
+        "auto", "kernels to run: auto, torch, triton, xformers or reference"
+    )
     threads: int | None = setting(None, "CPU threads of the engine; default: physical cores")
     max_context: int | None = setting(None, "prompt and output; default: the model's", "tokens")
     max_running: int = setting(64, "requests in a batch at once")

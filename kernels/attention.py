@@ -5,9 +5,11 @@
 over the cached tokens of the row that t belongs to; head h of H reads KV head h // (H / G) of G. A
 query at position i sees positions j <= i and, with a window w, only j > i - w. Softmax and sums are
 in float32 whatever the dtype of q. `cap` is the identity where softcap is None (Gemma 2 has one).
+The cache has the dtype of q, or float8_e4m3fn; with `kv_scales`, what it stands for is the stored
+number times a scale of its KV head.
 
-This file holds the batch and the definition. `attention_cpu.py` and `attention_triton.py` are the
-fast forms; all three share one calling form:
+This file holds the batch and the definition. `attention_cpu.py`, `attention_triton.py` and
+`attention_xformers.py` are the fast forms; all share one calling form:
 
     prepared = prepare_attention(batch, block_size, window)                  once per step
     out = paged_attention(q, k_cache, v_cache, prepared, scale=, softcap=)   once per layer
@@ -24,7 +26,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from millrace.kernels.checks import expect, expect_contiguous
+from millrace.kernels.checks import FLOATING_DTYPES, expect, expect_contiguous
+
+CACHE_DTYPES = (*FLOATING_DTYPES, torch.float8_e4m3fn)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,19 +101,33 @@ def prepare_attention(
 
 
 def expect_attention_inputs(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_size: int, softcap: float | None
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_size: int,
+    scale: float,
+    softcap: float | None,
+    kv_scales: KVScales | None,
 ) -> None:
-    """ValueError where q [T, H, D] and the caches [B, P, G, D] do not fit together."""
-    expect("k_cache", k_cache, (None, block_size, None, None))
+    """ValueError where q [T, H, D], the caches [B, P, G, D] and the rest do not fit together."""
+    expect("k_cache", k_cache, (None, block_size, None, None), CACHE_DTYPES)
     expect("v_cache", v_cache, tuple(k_cache.shape), k_cache.dtype)
     expect_contiguous("k_cache", k_cache)
     expect_contiguous("v_cache", v_cache)
     num_kv_heads, head_dim = k_cache.shape[2:]
-    expect("q", q, (None, None, head_dim), k_cache.dtype)
+    quantized = k_cache.dtype == torch.float8_e4m3fn
+    expect("q", q, (None, None, head_dim), FLOATING_DTYPES if quantized else k_cache.dtype)
     if q.shape[1] % num_kv_heads:
         raise ValueError(f"q: expected a multiple of {num_kv_heads} KV heads, got {q.shape[1]}")
+    if scale <= 0:
+        raise ValueError(f"scale: expected a positive number, got {scale}")
     if softcap is not None and softcap <= 0:
         raise ValueError(f"softcap: expected None or a positive number, got {softcap}")
+    if kv_scales is not None:
+        expect("kv_scales.key", kv_scales.key, (num_kv_heads,), torch.float32)
+        expect("kv_scales.value", kv_scales.value, (num_kv_heads,), torch.float32)
+        expect_contiguous("kv_scales.key", kv_scales.key)
+        expect_contiguous("kv_scales.value", kv_scales.value)
 
 
 def paged_attention_reference(
@@ -120,12 +138,14 @@ def paged_attention_reference(
     *,
     scale: float,
     softcap: float | None = None,
+    kv_scales: KVScales | None = None,
 ) -> Tensor:
     """The definition, a row at a time: q [T, H, D] -> [T, H, D] of the dtype of q.
 
-    `scale` multiplies q . k (usually D ** -0.5), `softcap` bounds the scaled scores.
+    `scale` multiplies q . k (usually D ** -0.5), `softcap` bounds the scaled scores. A row without
+    context, which only pads a batch, gives 0.
     """
-    expect_attention_inputs(q, k_cache, v_cache, prepared.block_size, softcap)
+    expect_attention_inputs(q, k_cache, v_cache, prepared.block_size, scale, softcap, kv_scales)
     batch = prepared.batch
     out = torch.empty_like(q)
     starts = batch.query_start.tolist()
@@ -134,6 +154,8 @@ def paged_attention_reference(
         blocks = batch.block_table[batch.slots[i_row]]
         keys = gather_context(k_cache, blocks, context).float()
         values = gather_context(v_cache, blocks, context).float()
+        if kv_scales is not None:
+            keys, values = keys * kv_scales.key[:, None], values * kv_scales.value[:, None]
         group = q.shape[1] // keys.shape[1]
         keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
         scores = torch.einsum("nhd,chd->hnc", q[rows].float(), keys) * scale

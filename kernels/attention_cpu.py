@@ -29,6 +29,7 @@ from torch import Tensor
 
 from millrace.kernels.attention import (
     AttentionBatch,
+    KVScales,
     PreparedAttention,
     expect_attention_inputs,
     gather_context,
@@ -121,9 +122,15 @@ def paged_attention_cpu(
     *,
     scale: float,
     softcap: float | None = None,
+    kv_scales: KVScales | None = None,
 ) -> Tensor:
-    """`paged_attention_reference`, fast on a CPU: q [T, H, D] -> [T, H, D]."""
-    expect_attention_inputs(q, k_cache, v_cache, prepared.prepared.block_size, softcap)
+    """`paged_attention_reference`, fast on a CPU: q [T, H, D] -> [T, H, D]. No quantized caches."""
+    block_size = prepared.prepared.block_size
+    expect_attention_inputs(q, k_cache, v_cache, block_size, scale, softcap, kv_scales)
+    if kv_scales is not None or k_cache.dtype != q.dtype:
+        raise ValueError(
+            f"k_cache: expected {q.dtype} without kv_scales on a CPU, got {k_cache.dtype}"
+        )
     out = torch.empty(q.shape, dtype=q.dtype)
     num_decodes, order = prepared.prepared.batch.num_decodes, prepared.order
     decode_q, decode_out = q[:num_decodes], out[:num_decodes]

@@ -3,6 +3,7 @@
     auto        triton on CUDA, torch on a CPU
     torch       plain PyTorch; on a CPU the forms tuned for it
     triton      Triton kernels; on a CPU only in Triton's interpreter (TRITON_INTERPRET=1)
+    xformers    as triton, with attention by xformers; on CUDA only
     reference   the definitions: slow, for comparison
 
 Everything above `kernels` calls through an `Operations` and never asks which device it is on.
@@ -32,24 +33,26 @@ try:
     )
 
     HAS_TRITON = True
-except ImportError:  # Triton has no wheel for this platform
-    HAS_TRITON = False
+except ModuleNotFoundError as error:
+    if error.name != "triton":  # a mistake of ours must not look like a missing package
+        raise
+    HAS_TRITON = False  # it has no wheel for this platform
 
-BACKENDS = ("auto", "torch", "triton", "reference")
+BACKENDS = ("auto", "torch", "triton", "xformers", "reference")
 
 
 @dataclass(frozen=True, slots=True)
 class Operations:
     """The operations of one backend; their arguments are those of the functions named here."""
 
-    name: str  # "torch", "triton" or "reference"
+    name: str  # of BACKENDS, but "auto"
     rms_norm: Callable[..., Tensor]  # norm.rms_norm
     add_rms_norm: Callable[..., tuple[Tensor, Tensor]]  # norm.add_rms_norm
     silu_mul: Callable[..., Tensor]  # activation.silu_mul
     gelu_tanh_mul: Callable[..., Tensor]  # activation.gelu_tanh_mul
     kv_append: Callable[..., Tensor]  # kv_append.kv_append
     prepare_attention: Callable[..., Any]  # (batch, block_size, window) -> what the next one takes
-    paged_attention: Callable[..., Tensor]  # (q, k_cache, v_cache, prepared, *, scale, softcap)
+    paged_attention: Callable[..., Tensor]  # (q, k_cache, v_cache, prepared, *, scale, ...)
     pack_linear: Callable[..., matmul.PackedLinear]  # matmul.pack_linear
     sample: Callable[..., SampledTokens]  # sampling.sample_reference
     raw_logprobs: Callable[..., RawLogprobs]  # logprobs.raw_logprobs_reference
@@ -102,6 +105,8 @@ def operations(device: torch.device, attention_backend: str = "auto") -> Operati
         return REFERENCE
     if attention_backend == "torch":
         return TORCH_ON_GPU if on_gpu else TORCH_ON_CPU
+    if attention_backend == "xformers":
+        return _xformers_operations(on_gpu)
     return _triton_operations(on_gpu)
 
 
@@ -125,4 +130,22 @@ def _triton_operations(on_gpu: bool) -> Operations:
         paged_attention=attention_triton.paged_attention,
         sample=sampling_triton.sample_triton,
         raw_logprobs=logprobs_triton.raw_logprobs_triton,
+    )
+
+
+def _xformers_operations(on_gpu: bool) -> Operations:
+    if not on_gpu:
+        raise ValueError("attention_backend: xformers runs on CUDA only; expected torch or triton")
+    try:  # here, for it loads much that nobody else needs
+        from millrace.kernels import attention_xformers
+    except ImportError as error:
+        raise ValueError(
+            "attention_backend: xformers is not installed (pip install millrace[xformers]);"
+            " expected triton or torch"
+        ) from error
+    return replace(
+        _triton_operations(on_gpu),
+        name="xformers",
+        prepare_attention=attention_xformers.prepare_attention_xformers,
+        paged_attention=attention_xformers.paged_attention_xformers,
     )

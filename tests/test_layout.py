@@ -102,7 +102,7 @@ ALLOWED = {
 }
 THIRD_PARTY = {  # a part -> the packages that it may import besides the standard library
     "scheduler": {"numpy"},
-    "kernels": {"torch", "triton"},
+    "kernels": {"torch", "triton", "xformers"},
     "client": {"grpc", "google"},
 }
 WITHOUT_TORCH = (  # what the front end's process and `--help` load

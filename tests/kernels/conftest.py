@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from millrace.kernels.attention import AttentionBatch
+from millrace.kernels.attention import AttentionBatch, KVScales
 from millrace.kernels.rope import rope_table
 from millrace.kernels.slot_sampling import SlotSampling, SlotValues
 
@@ -27,11 +27,15 @@ class AttentionCase:
     batch: AttentionBatch
     dense: list[tuple[Tensor, Tensor]]  # by row: keys and values [context, G, D]
     block_size: int
+    kv_scales: KVScales | None = None
 
 
 @pytest.fixture
 def attention_case():
-    """make(contexts, queries, ...): sequences scattered over blocks, every unused byte a NaN."""
+    """make(contexts, queries, ...): sequences scattered over blocks, every unused byte a NaN.
+
+    Without num_decodes, the rows before the first with several queries are decodes.
+    """
 
     def make(
         contexts,
@@ -42,15 +46,18 @@ def attention_case():
         head_dim=64,
         block_size=16,
         dtype=torch.float32,
+        cache_dtype=None,
+        num_decodes=None,
         seed=0,
     ):
+        cache_dtype = cache_dtype or dtype
         random = torch.Generator().manual_seed(seed)
         queries = queries or [1] * len(contexts)
         blocks_of_row = [-(-context // block_size) for context in contexts]
         num_blocks = sum(blocks_of_row) + SPARE_BLOCKS
         shape = (num_blocks, block_size, kv_heads, head_dim)
-        k_cache = torch.full(shape, float("nan"), dtype=dtype)
-        v_cache = torch.full(shape, float("nan"), dtype=dtype)
+        k_cache = torch.full(shape, float("nan")).to(cache_dtype)
+        v_cache = torch.full(shape, float("nan")).to(cache_dtype)
         slots = torch.randperm(len(contexts) + SPARE_SLOTS, generator=random)[: len(contexts)]
         table = torch.full((len(contexts) + SPARE_SLOTS, max([1, *blocks_of_row])), -1)
         free = torch.randperm(num_blocks, generator=random)
@@ -58,13 +65,14 @@ def attention_case():
         for slot, context, needed in zip(slots, contexts, blocks_of_row, strict=True):
             blocks, free = free[:needed], free[needed:]
             table[slot, :needed] = blocks
-            pair = torch.randn(2, context, kv_heads, head_dim, generator=random).to(dtype)
+            pair = torch.randn(2, context, kv_heads, head_dim, generator=random).to(cache_dtype)
             for cache, tokens in zip((k_cache, v_cache), pair, strict=True):
                 for position in range(context):
                     block = blocks[position // block_size]
                     cache[block, position % block_size] = tokens[position]
             dense.append((pair[0], pair[1]))
-        num_decodes = next((i for i, n in enumerate(queries) if n != 1), len(queries))
+        if num_decodes is None:
+            num_decodes = next((i for i, n in enumerate(queries) if n != 1), len(queries))
         batch = AttentionBatch(
             block_table=table.int(),
             slots=slots,
@@ -75,7 +83,10 @@ def attention_case():
             num_decodes=num_decodes,
         )
         q = torch.randn(sum(queries), heads, head_dim, generator=random).to(dtype)
-        return AttentionCase(q, k_cache, v_cache, batch, dense, block_size)
+        scales = None
+        if cache_dtype == torch.float8_e4m3fn:
+            scales = KVScales(*(torch.rand(2, kv_heads, generator=random) + 0.5))
+        return AttentionCase(q, k_cache, v_cache, batch, dense, block_size, scales)
 
     return make
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from millrace.kernels.attention import (
+    KVScales,
     paged_attention_reference,
     prepare_attention,
     visible_positions,
@@ -27,6 +28,9 @@ def dense_attention(case, window=None, softcap=None):
             seen = slice(first, position + 1)
             for head in range(case.q.shape[1]):
                 k, v = (x[seen, head // group].double() for x in (keys, values))
+                if case.kv_scales is not None:
+                    k = k * case.kv_scales.key[head // group].double()
+                    v = v * case.kv_scales.value[head // group].double()
                 scores = SCALE * (k @ case.q[starts[i_row] + j, head].double())
                 if softcap is not None:
                     scores = softcap * torch.tanh(scores / softcap)
@@ -44,6 +48,27 @@ def test_definition_is_dense_causal_attention(attention_case, window, softcap):
     )
     expected = dense_attention(case, window, softcap)
     torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_quantized_cache_stands_for_its_numbers_times_the_scale_of_their_head(attention_case):
+    case = attention_case([33, 1, 40], [1, 1, 9], cache_dtype=torch.float8_e4m3fn)
+    prepared = prepare_attention(case.batch, case.block_size)
+    caches = (case.k_cache, case.v_cache)
+    out = paged_attention_reference(
+        case.q, *caches, prepared, scale=SCALE, kv_scales=case.kv_scales
+    )
+    torch.testing.assert_close(out.double(), dense_attention(case), rtol=1e-5, atol=1e-6)
+    unscaled = paged_attention_reference(case.q, *caches, prepared, scale=SCALE)
+    case.kv_scales = None
+    torch.testing.assert_close(unscaled.double(), dense_attention(case), rtol=1e-5, atol=1e-6)
+
+
+def test_a_row_without_context_gives_zeros(attention_case):
+    """Rows that pad a batch to the size of a graph."""
+    case = attention_case([33, 0, 5])
+    prepared = prepare_attention(case.batch, case.block_size)
+    out = paged_attention_reference(case.q, case.k_cache, case.v_cache, prepared, scale=SCALE)
+    assert (out[1] == 0).all() and not out.isnan().any()
 
 
 def test_the_comparison_notices_one_wrong_block(attention_case):
@@ -106,12 +131,24 @@ def test_block_size_and_window_must_be_positive(attention_case, block_size, wind
         ("v_cache", lambda case: {"v_cache": case.v_cache[:-1]}),
         ("k_cache", lambda case: {"k_cache": case.k_cache[:, :8]}),
         ("softcap", lambda case: {"softcap": 0.0}),
+        ("scale", lambda case: {"scale": 0.0}),
+        ("kv_scales.key", lambda case: {"kv_scales": KVScales(torch.ones(6), torch.ones(2))}),
+        ("kv_scales.value", lambda case: {"kv_scales": KVScales(torch.ones(2), torch.ones(1))}),
     ],
-    ids=["heads", "dtype", "blocks", "block_size", "softcap"],
+    ids=[
+        "heads",
+        "dtype",
+        "blocks",
+        "block_size",
+        "softcap",
+        "scale",
+        "key scales",
+        "value scales",
+    ],
 )
 def test_an_argument_that_does_not_fit_is_named(attention_case, name, change):
     case = attention_case([33])
-    arguments = {"q": case.q, "k_cache": case.k_cache, "v_cache": case.v_cache}
+    arguments = {"q": case.q, "k_cache": case.k_cache, "v_cache": case.v_cache, "scale": SCALE}
     prepared = prepare_attention(case.batch, case.block_size)
     with pytest.raises(ValueError, match=name):
-        paged_attention_reference(**{**arguments, **change(case)}, prepared=prepared, scale=SCALE)
+        paged_attention_reference(**{**arguments, **change(case)}, prepared=prepared)

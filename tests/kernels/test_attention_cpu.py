@@ -82,6 +82,13 @@ def test_any_batch(attention_case, decodes, prefills, window, seed):
     assert_is_defined_attention(case, window)
 
 
+def test_a_quantized_cache_is_refused(attention_case):
+    case = attention_case([20], cache_dtype=torch.float8_e4m3fn)
+    prepared = prepare_attention_cpu(case.batch, case.block_size)
+    with pytest.raises(ValueError, match=r"k_cache.*float8_e4m3fn"):
+        paged_attention_cpu(case.q, case.k_cache, case.v_cache, prepared, scale=SCALE)
+
+
 def test_empty_batch(attention_case):
     assert attend(attention_case([])).shape == (0, 6, 64)
 

@@ -1,5 +1,6 @@
 """The table of implementations, and a step of attention through each entry that runs here."""
 
+import sys
 from dataclasses import fields
 
 import pytest
@@ -31,7 +32,7 @@ def test_backend_by_device_and_name(device, backend, name):
 
 
 def test_an_unknown_backend_is_refused_with_the_names_that_exist():
-    with pytest.raises(ValueError, match="auto, torch, triton, reference, got 'flash'"):
+    with pytest.raises(ValueError, match="auto, torch, triton, xformers, reference, got 'flash'"):
         operations(CPU, "flash")
 
 
@@ -47,6 +48,18 @@ def test_triton_that_is_not_installed_is_said_to_be_missing(monkeypatch):
     monkeypatch.setattr(dispatch, "HAS_TRITON", False)
     with pytest.raises(ValueError, match="triton is not installed"):
         operations(CUDA, "auto")
+
+
+def test_xformers_runs_on_cuda_only():
+    with pytest.raises(ValueError, match="xformers runs on CUDA only"):
+        operations(CPU, "xformers")
+
+
+def test_xformers_that_is_not_installed_is_said_to_be_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "xformers", None)
+    monkeypatch.delitem(sys.modules, "millrace.kernels.attention_xformers", raising=False)
+    with pytest.raises(ValueError, match="xformers is not installed"):
+        operations(CUDA, "xformers")
 
 
 def test_every_backend_has_the_same_calling_form(attention_case):

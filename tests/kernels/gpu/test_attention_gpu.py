@@ -1,142 +1,228 @@
-"""Paged attention on the GPU: the definition's values, and a row's bits whatever the batch.
+"""Paged attention on a GPU: right as compiled, and which promises about bits hold there.
 
-Tensor cores are chosen by tile: that a query has the same bits in a prefill chunk of any length,
-and behind a warm prefix, can only be found out here.
+The definition runs on the CPU, on the same numbers.
 """
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
 
-from millrace.kernels.attention import prepare_attention
-from millrace.kernels.dispatch import operations
+from millrace.kernels.attention import (
+    AttentionBatch,
+    paged_attention_reference,
+    prepare_attention,
+)
+from millrace.kernels.attention_triton import SPLIT, paged_attention
 
 SCALE = 0.125
-TOLERANCES = {torch.float16: 2e-3, torch.bfloat16: 1e-2, torch.float32: 2e-6}
-MIXED = ([1, 63, 64, 65, 257, 900, 700, 64], [1, 1, 1, 1, 1, 1, 129, 64])
+TOLERANCE = {torch.float32: 3e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+FP8 = torch.float8_e4m3fn
+MIXED = ([33, 1, SPLIT + 1, 1000, 300, 5], [1, 1, 1, 1, 200, 5])
 
 
-def on(device, case):
+def to_gpu(case):
+    """The case with all its tensors on the device."""
+    batch = replace(
+        case.batch,
+        **{
+            field.name: value.cuda()
+            for field in fields(AttentionBatch)
+            if isinstance(value := getattr(case.batch, field.name), torch.Tensor)
+        },
+    )
+    scales = case.kv_scales
+    if scales is not None:
+        scales = replace(scales, key=scales.key.cuda(), value=scales.value.cuda())
+    q, keys, values = case.q.cuda(), case.k_cache.cuda(), case.v_cache.cuda()
+    return replace(case, q=q, k_cache=keys, v_cache=values, batch=batch, kv_scales=scales)
+
+
+def attend(case, window=None, softcap=None, form=paged_attention):
+    prepared = prepare_attention(case.batch, case.block_size, window)
+    caches = (case.k_cache, case.v_cache)
+    options = {"softcap": softcap, "kv_scales": case.kv_scales}
+    return form(case.q, *caches, prepared, scale=SCALE, **options)
+
+
+def assert_is_defined_attention(case, window=None, softcap=None):
+    expected = attend(case, window, softcap, paged_attention_reference)
+    tolerance = TOLERANCE[case.q.dtype]
+    actual = attend(to_gpu(case), window, softcap).cpu()
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (40, None), (SPLIT + 34, 2.0)])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+def test_a_mixed_batch(attention_case, head_dim, window, softcap, dtype):
+    case = attention_case(*MIXED, head_dim=head_dim, dtype=dtype)
+    assert_is_defined_attention(case, window, softcap)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_a_quantized_cache(attention_case, head_dim, dtype):
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("float8_e4m3fn needs compute capability 8.9")
+    case = attention_case(*MIXED, head_dim=head_dim, dtype=dtype, cache_dtype=FP8)
+    assert_is_defined_attention(case)
+
+
+@pytest.mark.parametrize("block_size", [16, 32, 48, 64, 128])
+def test_block_sizes(attention_case, block_size):
+    case = attention_case(*MIXED, dtype=torch.float16, block_size=block_size)
+    assert_is_defined_attention(case)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (7, 1), (32, 8), (71, 1)], ids=str)
+def test_head_groups(attention_case, heads, kv_heads):
+    case = attention_case(*MIXED, dtype=torch.float16, heads=heads, kv_heads=kv_heads)
+    assert_is_defined_attention(case)
+
+
+def test_a_cache_of_more_than_two_to_the_31_elements(attention_case):
+    case = attention_case([300, 40], [1, 40], kv_heads=2, head_dim=128, dtype=torch.bfloat16)
+    expected = attend(case, form=paged_attention_reference)
+    num_blocks = case.k_cache.shape[0]
+    shift = (1 << 31) // case.k_cache[0].numel() + 1
+    case = to_gpu(case)
+    wide = []
+    for cache in (case.k_cache, case.v_cache):
+        wide.append(torch.empty(shift + num_blocks, *cache.shape[1:], dtype=cache.dtype).cuda())
+        wide[-1][shift:] = cache
+    table = torch.where(case.batch.block_table < 0, -1, case.batch.block_table + shift)
+    case.batch = replace(case.batch, block_table=table.int())
+    actual = attend(replace(case, k_cache=wide[0], v_cache=wide[1])).cpu()
+    torch.testing.assert_close(actual, expected, rtol=3e-2, atol=3e-2)
+
+
+def test_a_captured_graph_serves_other_lengths(attention_case):
+    """Captured at the largest context, replayed after the lengths and the queries changed."""
+    case = to_gpu(attention_case([700, 520, 300], heads=8, dtype=torch.bfloat16))
+    attend(case)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attend(case)
+    for contexts in ([700, 520, 300], [1, 257, 256], [0, 512, 17]):
+        case.batch.context_lens.copy_(torch.tensor(contexts))
+        case.q.normal_()
+        graph.replay()
+        exact = replace(case, batch=replace(case.batch, max_context_len=max(contexts)))
+        assert torch.equal(out, attend(exact))
+
+
+# ---------------------------------------------------------------- bits
+
+
+def rows(case, start, stop, num_decodes):
+    """The batch of rows start .. stop - 1 alone."""
     batch = case.batch
-    names = ("block_table", "slots", "query_start", "context_lens")
-    moved = {name: getattr(batch, name).to(device) for name in names}
-    tensors = {name: getattr(case, name).to(device) for name in ("q", "k_cache", "v_cache")}
-    return replace(case, batch=replace(batch, **moved), **tensors)
-
-
-def attend(case, backend="triton", window=None, softcap=None):
-    table = operations(case.q.device, backend)
-    prepared = table.prepare_attention(case.batch, case.block_size, window)
-    inputs = (case.q, case.k_cache, case.v_cache, prepared)
-    return table.paged_attention(*inputs, scale=SCALE, softcap=softcap)
-
-
-def only_rows(case, rows):
-    """These rows of a case, as a batch of their own over the same cache."""
-    batch = case.batch
-    starts = batch.query_start.tolist()
-    queries = [starts[row + 1] - starts[row] for row in rows]
-    kept = torch.cat([case.q[starts[row] : starts[row + 1]] for row in rows])
-    contexts = batch.context_lens[rows].contiguous()
-    device = case.q.device
-    alone = replace(
+    offsets = batch.query_start[start : stop + 1]
+    part = replace(
         batch,
-        slots=batch.slots[rows].contiguous(),
-        query_start=torch.tensor([0, *queries], device=device).cumsum(0).int(),
-        context_lens=contexts,
-        max_query_len=max(queries),
-        max_context_len=int(contexts.max()),
-        num_decodes=sum(n == 1 for n in queries),
+        slots=batch.slots[start:stop],
+        query_start=offsets - offsets[0],
+        context_lens=batch.context_lens[start:stop],
+        max_context_len=int(batch.context_lens[start:stop].max()),
+        num_decodes=num_decodes,
     )
-    return replace(case, q=kept, batch=alone)
+    return replace(case, batch=part, q=case.q[int(offsets[0]) : int(offsets[-1])])
 
 
-def last_queries(case, count):
-    """The last `count` queries of a case of one row: what is left after a cached prefix."""
-    device = case.q.device
-    batch = replace(
-        case.batch,
-        query_start=torch.tensor([0, count], dtype=torch.int32, device=device),
-        max_query_len=count,
-        num_decodes=int(count == 1),
-    )
-    return replace(case, q=case.q[-count:], batch=batch)
-
-
-def first_queries(case, count):
-    """The first `count` queries of a prompt of one row, before the others are in the cache."""
-    device = case.q.device
-    batch = replace(
-        case.batch,
-        query_start=torch.tensor([0, count], dtype=torch.int32, device=device),
-        context_lens=torch.tensor([count], dtype=torch.int32, device=device),
-        max_query_len=count,
-        max_context_len=count,
-        num_decodes=int(count == 1),
-    )
-    return replace(case, q=case.q[:count], batch=batch)
-
-
-@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-@pytest.mark.parametrize(
-    ("head_dim", "block_size"), [(64, 16), (80, 16), (96, 16), (128, 16), (128, 128), (256, 64)]
+SHAPES = pytest.mark.parametrize(
+    ("head_dim", "dtype", "cache_dtype"),
+    [
+        (64, torch.bfloat16, None),
+        (128, torch.bfloat16, None),
+        (128, torch.float16, None),
+        (128, torch.float32, None),
+        (256, torch.bfloat16, None),
+        (128, torch.bfloat16, FP8),
+    ],
+    ids=str,
 )
-def test_values_are_the_definitions(attention_case, gpu, dtype, head_dim, block_size):
-    shape = {"head_dim": head_dim, "block_size": block_size, "dtype": dtype}
-    case = on(gpu, attention_case(*MIXED, **shape))
-    got, wanted = attend(case).double(), attend(case, "reference").double()
-    assert (got - wanted).norm() <= TOLERANCES[dtype] * wanted.norm()
 
 
-@pytest.mark.parametrize("window", [None, 1, 100])
-@pytest.mark.parametrize("softcap", [None, 20.0])
-def test_window_and_soft_cap_are_the_definitions(attention_case, gpu, window, softcap):
-    case = on(gpu, attention_case(*MIXED, head_dim=128, dtype=torch.bfloat16))
-    got = attend(case, window=window, softcap=softcap).double()
-    wanted = attend(case, "reference", window=window, softcap=softcap).double()
-    assert (got - wanted).norm() <= TOLERANCES[torch.bfloat16] * wanted.norm()
+@SHAPES
+def test_a_row_has_the_same_bits_alone_and_among_others(
+    attention_case, head_dim, dtype, cache_dtype
+):
+    """A decode beside prefills is compiled with them, and alone without."""
+    case = to_gpu(
+        attention_case(*MIXED, head_dim=head_dim, dtype=dtype, cache_dtype=cache_dtype, heads=8)
+    )
+    together = attend(case)
+    starts = case.batch.query_start.tolist()
+    for i_row in range(len(starts) - 1):
+        alone = attend(rows(case, i_row, i_row + 1, int(i_row < case.batch.num_decodes)))
+        assert torch.equal(alone, together[starts[i_row] : starts[i_row + 1]])
+
+
+def chunk(case, start, stop, num_decodes=0):
+    """Queries start .. stop - 1 of a case that prefills one row at once."""
+    batch = replace(
+        case.batch,
+        query_start=torch.tensor([0, stop - start], dtype=torch.int32, device="cuda"),
+        context_lens=torch.tensor([stop], dtype=torch.int32, device="cuda"),
+        max_query_len=stop - start,
+        max_context_len=stop,
+        num_decodes=num_decodes,
+    )
+    return replace(case, batch=batch, q=case.q[start:stop])
+
+
+CONTEXT = 4 * SPLIT + 5
+
+
+@pytest.fixture
+def prompt(attention_case):
+    def make(head_dim, dtype, cache_dtype):
+        shape = {"head_dim": head_dim, "heads": 8, "kv_heads": 2}
+        case = attention_case([CONTEXT], [CONTEXT], dtype=dtype, cache_dtype=cache_dtype, **shape)
+        return to_gpu(case)
+
+    return make
+
+
+@SHAPES
+@pytest.mark.parametrize("size", [1, 7, 16, 64, 500])
+def test_a_prompt_has_the_same_bits_in_chunks_as_whole(prompt, size, head_dim, dtype, cache_dtype):
+    """Every later chunk has a warm prefix: the cache holds what came before it."""
+    case = prompt(head_dim, dtype, cache_dtype)
+    whole = attend(case)
+    for start in range(0, CONTEXT, size):
+        stop = min(start + size, CONTEXT)
+        assert torch.equal(attend(chunk(case, start, stop)), whole[start:stop])
+
+
+@SHAPES
+@pytest.mark.xfail(strict=False, reason="matrix units may sum tiles of 16 rows in another order")
+def test_a_position_has_the_same_bits_decoded_as_prefilled(prompt, head_dim, dtype, cache_dtype):
+    """Not promised: it tells whether this device multiplies tiles of all heights alike."""
+    case = prompt(head_dim, dtype, cache_dtype)
+    whole = attend(case)
+    decoded = [attend(chunk(case, i, i + 1, num_decodes=1)) for i in range(0, CONTEXT, 3)]
+    assert torch.equal(torch.cat(decoded), whole[::3])
+
+
+# ---------------------------------------------------------------- xformers
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_a_row_has_the_same_bits_alone_and_among_others(attention_case, gpu, dtype, head_dim):
-    case = on(gpu, attention_case(*MIXED, head_dim=head_dim, dtype=dtype))
-    together = attend(case)
-    starts = case.batch.query_start.tolist()
-    for row in range(len(MIXED[0])):
-        alone = attend(only_rows(case, [row]))
-        assert torch.equal(alone, together[starts[row] : starts[row + 1]]), f"row {row}"
+def test_xformers_agrees(attention_case, head_dim, dtype):
+    pytest.importorskip("xformers")
+    from millrace.kernels import attention_xformers as xformers
 
-
-def test_two_hundred_rows_have_the_bits_of_two(attention_case, gpu):
-    case = on(gpu, attention_case([300] * 200, head_dim=64, dtype=torch.bfloat16))
-    together = attend(case)
-    assert torch.equal(attend(only_rows(case, [0, 199])), together[[0, 199]])
-
-
-@pytest.mark.parametrize("count", [1, 2, 16, 17, 64, 129, 300])
-def test_a_warm_prefix_leaves_the_bits(attention_case, gpu, count):
-    """The last queries of a prompt, whether the ones before are computed with them or cached."""
-    case = on(gpu, attention_case([600], [600], head_dim=128, dtype=torch.bfloat16))
-    assert torch.equal(attend(last_queries(case, count)), attend(case)[-count:])
-
-
-@pytest.mark.parametrize("count", [1, 16, 63, 64, 65, 257, 599])
-def test_the_length_of_a_chunk_leaves_the_bits(attention_case, gpu, count):
-    case = on(gpu, attention_case([600], [600], head_dim=128, dtype=torch.bfloat16))
-    assert torch.equal(attend(first_queries(case, count)), attend(case)[:count])
-
-
-def test_a_launch_can_be_replayed_in_a_graph(attention_case, gpu):
-    """Nothing in it waits for the device, prefill rows or not."""
-    case = on(gpu, attention_case(*MIXED, head_dim=64, dtype=torch.bfloat16))
-    prepared = prepare_attention(case.batch, case.block_size)
-    table = operations(gpu, "triton")
-    wanted = attend(case)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = table.paged_attention(case.q, case.k_cache, case.v_cache, prepared, scale=SCALE)
-    got.fill_(torch.nan)
-    graph.replay()
-    assert torch.equal(got, wanted)
+    shape = {"head_dim": head_dim, "heads": 8, "kv_heads": 2, "block_size": 64}
+    case = attention_case(*MIXED, dtype=dtype, **shape)
+    for cache in (case.k_cache, case.v_cache):
+        cache.nan_to_num_()  # it multiplies what it masks
+    case = to_gpu(case)
+    prepared = xformers.prepare_attention_xformers(case.batch, case.block_size)
+    actual = xformers.paged_attention_xformers(
+        case.q, case.k_cache, case.v_cache, prepared, scale=SCALE
+    )
+    tolerance = TOLERANCE[dtype]
+    torch.testing.assert_close(actual, attend(case), rtol=tolerance, atol=tolerance)
