@@ -27,8 +27,8 @@ WORKSPACE_BYTES = 256 << 20  # twice what FlashInfer's documentation allots
 
 def torch_sdpa(device: torch.device, layout: Layout, contexts: Sequence[int]) -> Provider | Absent:
     """scaled_dot_product_attention, causal where each row asks for all of its tokens."""
-    if layout.window or layout.softcap:
-        return Absent("called without a window or a soft cap only")
+    if absent := _not_plain(layout):
+        return absent
     if len(set(contexts)) > 1:
         return Absent("rows of one length only")
     return Provider(_sdpa, extra_bytes=kv_bytes(layout, contexts))
@@ -122,9 +122,15 @@ def _flashinfer(x: PagedInputs) -> Call:
     return lambda: (wrapper.run(x.q, (x.k_cache, x.v_cache)),)
 
 
+def _not_plain(layout: Layout) -> Absent | None:
+    if layout.window or layout.softcap or layout.fp8_cache:
+        return Absent("called without a window, a soft cap and fp8 only")
+    return None
+
+
 def _missing(device: torch.device, layout: Layout, package: str) -> Absent | None:
     if device.type != "cuda":
         return ON_CPU
-    if layout.window or layout.softcap:
-        return Absent("called without a window or a soft cap only")
+    if absent := _not_plain(layout):
+        return absent
     return None if find_spec(package) else Absent(f"{package} is not installed")

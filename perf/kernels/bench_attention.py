@@ -5,9 +5,9 @@ Bytes of R rows with contexts C_r and T query tokens, values of e bytes:
     2 sum(C_r) G D e    keys and values, once per KV head whatever the number of query heads
     2 T H D e           queries read, results written
 
-With a window only the last w of a context count. Operations: 4 H D for each visible pair of a query
-and a key (two products). Decode has a share of the copy bandwidth as its goal, prefill a share of
-the dense bf16 matmul rate. Peers are in attention_peers.py.
+(e of the cache is 1 in fp8). With a window only the last w of a context count. Operations: 4 H D
+for each visible pair of a query and a key (two products). Decode has a share of the copy bandwidth
+as its goal, prefill a share of the dense bf16 matmul rate. Peers are in attention_peers.py.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from millrace.perf.kernels.session import Session
 
 LLAMA_8B = Layout(32, 8, 128)
 LAYOUTS = {"D64": Layout(32, 8, 64), "D256": Layout(16, 8, 256), "D96": Layout(32, 32, 96)}
+FP8 = Layout(32, 8, 128, fp8_cache=True)
 WINDOWED = Layout(16, 8, 256, window=4096, softcap=50.0)  # Gemma 2 9B
-DRY = Layout(4, 2, 16)
+DRY, DRY_FP8 = Layout(4, 2, 16), Layout(4, 2, 16, fp8_cache=True)
 
 BATCHES = (1, 8, 32, 128, 256)
 CONTEXTS = (1 << 10, 1 << 12, 1 << 14, 1 << 16, 1 << 17)
@@ -49,6 +50,7 @@ def cases(device: torch.device, dry_run: bool) -> Iterator[Case]:
         yield _prefill(device, DRY, 5, small=5)
         yield _decode(device, DRY, "b2 c37", (37, 37), small=(37, 37))
         yield _decode(device, DRY, "ragged", (37, 3), small=(37, 3))
+        yield _decode(device, DRY_FP8, "fp8", (37, 3), small=(37, 3))
         return
     for context in PREFILLS:
         yield _prefill(device, LLAMA_8B, context, SMALL_PREFILL)
@@ -57,6 +59,9 @@ def cases(device: torch.device, dry_run: bool) -> Iterator[Case]:
             if batch * context <= MOST_TOKENS:
                 name = f"b{batch} c{context}"
                 yield _decode(device, LLAMA_8B, name, (context,) * batch, SMALL)
+    for batch, context in ((32, 4096), (128, 4096), (32, 65536)):
+        name = f"fp8 b{batch} c{context}"
+        yield _decode(device, FP8, name, (context,) * batch, SMALL)
     for name, layout in LAYOUTS.items():
         yield _decode(device, layout, f"{name} b32 c4096", (4096,) * 32, SMALL)
     yield _decode(device, WINDOWED, "window 4096 softcap b32 c16384", (16384,) * 32, SMALL)
@@ -121,6 +126,7 @@ def _bind(table: Operations) -> Prepare:
                 *(x.q, x.k_cache, x.v_cache, prepared),
                 scale=layout.scale,
                 softcap=layout.softcap,
+                kv_scales=x.kv_scales,
             ),
         )
 

@@ -3,7 +3,7 @@
 Bytes of T tokens, values of e bytes, H query and G KV heads of D:
     T (H + 2 G) D e     qkv read
     T H D e             q written
-    2 T G D e           k and v written to the cache
+    2 T G D e           k and v written to the cache (e of it is 1 in fp8)
     4 T D + 16 T        a row of cosines and sines; position and cache row, int64
 The norms of q and k (Qwen3) add 2 D e.
 """
@@ -17,9 +17,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from millrace.kernels.attention import KVScales
 from millrace.kernels.dispatch import Operations, operations
 from millrace.kernels.rope import rope_table
 from millrace.perf.kernels.case import Absent, Call, Case, Outputs, Prepare, Provider, close_in_bf16
+from millrace.perf.kernels.paged import kv_scales
 from millrace.perf.kernels.providers import NAIVE, tables
 from millrace.perf.kernels.session import Session
 
@@ -39,15 +41,26 @@ class Shape:
     kv_heads: int
     head_dim: int
     normed: bool = False
+    fp8: bool = False
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        return torch.float8_e4m3fn if self.fp8 else DTYPE
 
 
 SHAPES = (
     Shape("Llama 1B", 32, 8, 64),
     Shape("Llama 8B", 32, 8, 128),
     Shape("Qwen3 8B", 32, 8, 128, normed=True),
+    Shape("Llama 8B, fp8", 32, 8, 128, fp8=True),
 )
 TOKENS, SMALL_TOKENS = 8192, 65
-DRY_SHAPES, DRY_TOKENS = (Shape("tiny", 2, 1, 16), Shape("tiny, normed", 2, 1, 16, normed=True)), 3
+DRY_SHAPES = (
+    Shape("tiny", 2, 1, 16),
+    Shape("tiny, normed", 2, 1, 16, normed=True),
+    Shape("tiny, fp8", 2, 1, 16, fp8=True),
+)
+DRY_TOKENS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +73,7 @@ class Inputs:
     v_cache: Tensor
     heads: int
     norms: tuple[Tensor, Tensor] | None
+    kv_scales: KVScales | None
 
 
 def run(session: Session) -> None:
@@ -69,13 +83,15 @@ def run(session: Session) -> None:
 def cases(device: torch.device, dry_run: bool) -> Iterator[Case]:
     tokens, small = (DRY_TOKENS, DRY_TOKENS) if dry_run else (TOKENS, SMALL_TOKENS)
     for shape in DRY_SHAPES if dry_run else SHAPES:
-        values = tokens * shape.head_dim * (2 * shape.heads + 4 * shape.kv_heads)
+        values = tokens * shape.head_dim * (2 * shape.heads + 2 * shape.kv_heads)
+        cache_values = tokens * shape.head_dim * 2 * shape.kv_heads
+        cache_bytes = cache_values * shape.cache_dtype.itemsize
         tables_bytes = tokens * (4 * shape.head_dim + 16)
         norms_bytes = 2 * shape.head_dim * DTYPE.itemsize if shape.normed else 0
         yield Case(
             kernel="kv_append",
             name=f"{shape.name}, {tokens} tokens bf16",
-            bytes=values * DTYPE.itemsize + tables_bytes + norms_bytes,
+            bytes=values * DTYPE.itemsize + cache_bytes + tables_bytes + norms_bytes,
             flops=FLOPS_PER_VALUE * tokens * shape.head_dim * (shape.heads + shape.kv_heads),
             bound="memory",
             goal=GOAL,
@@ -112,10 +128,11 @@ def _inputs(shape: Shape, tokens: int, device: torch.device, seed: int) -> Input
         positions=torch.arange(tokens, device=device),
         write_index=(order.unsqueeze(1) * BLOCK_SIZE + offsets).flatten()[:tokens].contiguous(),
         cos_sin=rope_table(shape.head_dim, tokens, THETA, device=device),
-        k_cache=k_cache.to(device),
-        v_cache=v_cache.to(device),
+        k_cache=k_cache.to(device, shape.cache_dtype),
+        v_cache=v_cache.to(device, shape.cache_dtype),
         heads=shape.heads,
         norms=(normal(shape.head_dim), normal(shape.head_dim)) if shape.normed else None,
+        kv_scales=kv_scales(shape.kv_heads, device) if shape.fp8 else None,
     )
 
 
@@ -128,6 +145,7 @@ def _bind(table: Operations) -> Prepare:
                 *(x.qkv, x.positions, x.write_index, x.cos_sin, x.k_cache, x.v_cache, x.heads),
                 *weights,
                 eps=EPS,
+                kv_scales=x.kv_scales,
             )
             return q, x.k_cache, x.v_cache
 

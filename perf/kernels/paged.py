@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from millrace.kernels.attention import AttentionBatch
+from millrace.kernels.attention import AttentionBatch, KVScales
 
 GROUP_TOKENS = 64
 
@@ -26,8 +26,13 @@ class Layout:
     head_dim: int
     block_size: int = 16
     dtype: torch.dtype = torch.bfloat16
+    fp8_cache: bool = False
     window: int | None = None
     softcap: float | None = None
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        return torch.float8_e4m3fn if self.fp8_cache else self.dtype
 
     @property
     def scale(self) -> float:
@@ -43,6 +48,7 @@ class PagedInputs:
     k_cache: Tensor  # [B, P, G, D]
     v_cache: Tensor
     batch: AttentionBatch
+    kv_scales: KVScales | None  # of an fp8 cache
     groups: Tensor  # i32 [R, most groups of a row], in units of GROUP_TOKENS cache rows
 
 
@@ -60,7 +66,9 @@ def paged_inputs(
     blocks = (groups.unsqueeze(2) * per_group + torch.arange(per_group)).flatten(1)
     shape = (int(groups.max() + 1) * per_group, layout.block_size, layout.kv_heads, layout.head_dim)
     k_cache, v_cache = (
-        torch.empty(shape, dtype=layout.dtype, device=device).normal_(generator=random)
+        torch.empty(shape, dtype=layout.dtype, device=device)
+        .normal_(generator=random)
+        .to(layout.cache_dtype)
         for _ in range(2)
     )
     for i_row, context in enumerate(contexts):
@@ -86,6 +94,7 @@ def paged_inputs(
         k_cache,
         v_cache,
         batch,
+        kv_scales(layout.kv_heads, device) if layout.fp8_cache else None,
         groups.int().to(device),
     )
 
@@ -103,4 +112,10 @@ def _scattered_groups(contexts: Sequence[int], seed: int) -> Tensor:
 
 def kv_bytes(layout: Layout, contexts: Sequence[int]) -> int:
     """Keys and values of these contexts."""
-    return 2 * sum(contexts) * layout.kv_heads * layout.head_dim * layout.dtype.itemsize
+    return 2 * sum(contexts) * layout.kv_heads * layout.head_dim * layout.cache_dtype.itemsize
+
+
+def kv_scales(kv_heads: int, device: torch.device) -> KVScales:
+    """Of each head another: a kernel that takes the wrong one fails its check."""
+    key = torch.linspace(0.5, 1.5, kv_heads, device=device)
+    return KVScales(key=key, value=2 - key)
