@@ -20,10 +20,10 @@ from millrace.kernels.attention_tiles_triton import (
 
 @triton.jit
 def row_of_block(p_query_start, i_block, num_decodes, num_rows, BLOCK_Q: tl.constexpr):
-    """The prefill row that query block i_block belongs to, by bisection; num_rows if none.
+    """The prefill row that query block i_block belongs to, by bisection.
 
-    Row i has room for its blocks from number query_start[i] // BLOCK_Q + i on, rows and tokens
-    counted from the first prefill: at most one number a row is left over.
+    With rows and tokens counted from the first prefill, the blocks of row i are numbered from
+    query_start[i] // BLOCK_Q + i on: room for all of them, with at most one number to spare.
     """
     low = num_decodes
     high = num_rows

@@ -186,10 +186,11 @@ def attention_config(device: torch.device, dtype: torch.dtype, head_dim: int) ->
 def default_config(dtype: torch.dtype, head_dim: int, hopper: bool) -> LaunchConfig:
     """BLOCK_M rows of a prefill tile, TILE positions of a step, as large as registers allow.
 
-    Two states of BLOCK_M x D float32 must fit. Hopper's matrix instructions read K and V from
-    shared memory, which leaves room for twice the rows.
+    A prefill program holds two states of BLOCK_M x D float32. Hopper's matrix instructions read K
+    and V from shared memory, which leaves room for twice the rows. Float32 is for comparison: it
+    has no exact matrix instruction, and beyond D = 128 it spills.
     """
-    if dtype == torch.float32:  # for comparison: there are no matrix instructions in float32
+    if dtype == torch.float32:
         return LaunchConfig(8, 1, {"BLOCK_M": 16, "TILE": 16})
     if hopper and head_dim <= 128:
         return LaunchConfig(8, 3, {"BLOCK_M": 128, "TILE": 64})
