@@ -18,6 +18,10 @@ from torch import Tensor
 
 from millrace.kernels import activation, attention, attention_cpu, kv_append, matmul, norm
 from millrace.kernels.logprobs import RawLogprobs, raw_logprobs_cpu, raw_logprobs_reference
+from millrace.kernels.processed_logprobs import (
+    processed_logprobs_cpu,
+    processed_logprobs_reference,
+)
 from millrace.kernels.sampling import SampledTokens, sample_reference
 from millrace.kernels.sampling_cpu import sample_cpu
 
@@ -46,6 +50,7 @@ class Operations:
     pack_linear: Callable[..., matmul.PackedLinear]  # matmul.pack_linear
     sample: Callable[..., SampledTokens]  # sampling.sample_reference
     raw_logprobs: Callable[..., RawLogprobs]  # logprobs.raw_logprobs_reference
+    processed_logprobs: Callable[..., RawLogprobs]  # processed_logprobs_reference
 
 
 REFERENCE = Operations(
@@ -60,6 +65,7 @@ REFERENCE = Operations(
     pack_linear=matmul.pack_linear_reference,
     sample=sample_reference,
     raw_logprobs=raw_logprobs_reference,
+    processed_logprobs=processed_logprobs_reference,
 )
 
 TORCH_ON_GPU = replace(
@@ -79,6 +85,7 @@ TORCH_ON_CPU = replace(
     paged_attention=attention_cpu.paged_attention_cpu,
     sample=sample_cpu,
     raw_logprobs=raw_logprobs_cpu,
+    processed_logprobs=processed_logprobs_cpu,
 )
 
 
@@ -113,4 +120,5 @@ def _triton_operations(on_gpu: bool) -> Operations:
         paged_attention=attention_triton.paged_attention,
         sample=sampling_triton.sample_triton,
         raw_logprobs=logprobs_triton.raw_logprobs_triton,
+        processed_logprobs=logprobs_triton.processed_logprobs_triton,
     )
