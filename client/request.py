@@ -46,7 +46,7 @@ class Options(TypedDict, total=False):
     ignore_eos: bool
     include_stop_string: bool
     logprobs: int
-    logprobs_mode: str  # "RAW" or "PROCESSED"
+    logprobs_mode: str  # the name of a LogprobsMode
     prompt_logprobs: int
     skip_special_tokens: bool
     timeout_ms: int

@@ -29,7 +29,7 @@ from millrace.kernels.sampling import (
     draw_from_row,
     edit_row,
 )
-from millrace.kernels.slot_sampling import SlotSampling
+from millrace.kernels.slot_sampling import HEAD_FILTERS, NO_FILTERS, SlotSampling
 
 _BLOCK_VALUES = 1 << 20  # logits worked on at a time: 4 MiB of float32, for the last-level cache
 _NARROW = 2048  # candidates up to which rows share one table; a wider row gets its own
@@ -45,16 +45,13 @@ def sample_cpu(
     """As `sample_reference`: same arguments, same tokens. IndexError if a slot is not in [0, S)."""
     check_inputs(logits, slots, positions, params)
     batch = _Rows(logits.contiguous(), slots, positions, params)
-    greedy = batch.of("temperature") < GREEDY_BELOW
-    filtered = (batch.of("top_k") > 0) | (batch.of("top_p") < 1) | (batch.of("min_p") > 0)
-    rare = (batch.of("top_n_sigma") > 0) | (batch.of("typical_p") < 1)
-    rare |= (batch.of("xtc_probability") > 0) | (filtered & (batch.of("temperature_last") > 0))
+    greedy, kind = batch.of("temperature") < GREEDY_BELOW, batch.of("filter_kind")
     token_ids = torch.zeros_like(slots)
     best = torch.full((slots.shape[0],), torch.nan)  # where it stays, no sampler took the row
     for sampler, wanted in (
         (_greedy, greedy),
-        (_unfiltered, ~(greedy | filtered | rare)),
-        (_filtered, filtered & ~(greedy | rare)),
+        (_unfiltered, (kind == NO_FILTERS) & ~greedy),
+        (_filtered, (kind == HEAD_FILTERS) & ~greedy),
     ):
         rows = wanted.nonzero().squeeze(1)
         if rows.shape[0]:

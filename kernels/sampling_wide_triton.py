@@ -14,9 +14,10 @@ A cut (top-k, top-p) is the greatest key at or above which the survivors weigh t
     pivot      the exact weight at or above the middle bin's edge, so that even a bin too wide for
                its bounds to tell halves the interval
 
-Example: top-p 0.9 of 131072 normal logits. The bins of the first sweep are some 0.01 wide, each
-weight is known to 1 %, and the cut is in one of 4 bins; those of the second are so narrow that it
-is in one, with a token or two; a third names it. Two sweeps more settle ties of one value by id.
+Example: top-p 0.9 of 131072 normal logits of deviation 2.5, of which 49598 reach the bound. After
+one sweep the cut is known to lie in 32 bins that hold 2517 of them, after two in one bin of 4, and
+after three at one token. Where the interval spans zero (floats crowd there) or many values tie, it
+takes up to 6; the last of these order ties by id.
 
 typical-p's radius has no such bounds, since a distance stands for two logits: 31 sweeps find it bit
 by bit.

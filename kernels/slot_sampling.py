@@ -17,9 +17,11 @@ MAX_STOP_IDS = 80
 NO_ID = -1
 """Pads a slot's stop ids."""
 SEED_BITS = 64
+NO_FILTERS, HEAD_FILTERS, RARE_FILTERS = 0, 1, 2
+"""What a row's filters are: top-k, top-p and min-p cut a head off; the others are rare."""
 SCALARS = (
-    *("temperature", "temperature_last", "top_n_sigma", "top_k", "typical_p", "top_p", "min_p"),
-    *("xtc_probability", "xtc_threshold"),
+    *("temperature", "top_k", "top_p", "min_p"),
+    *("temperature_last", "top_n_sigma", "typical_p", "xtc_probability", "xtc_threshold"),
     *("repetition_penalty", "presence_penalty", "frequency_penalty"),
 )
 """The columns of `SlotSampling.scalars`: a kernel finds all numbers of a slot in one row."""
@@ -89,6 +91,14 @@ class SlotValues:
         return bool(self.bias) or self.allowed_ids is not None
 
     @property
+    def filter_kind(self) -> int:
+        rare = self.top_n_sigma > 0 or self.typical_p < 1 or self.xtc_probability > 0
+        head = self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+        if rare or (head and self.temperature_last):
+            return RARE_FILTERS
+        return HEAD_FILTERS if head else NO_FILTERS
+
+    @property
     def has_penalties(self) -> bool:
         additive = (self.presence_penalty, self.frequency_penalty)
         return self.repetition_penalty != 1 or any(additive)
@@ -99,6 +109,7 @@ class SlotSampling:
     """Sampling parameters of S slots over a vocabulary of V, all on one device."""
 
     scalars: Tensor  # f32[S, len(SCALARS)]; each column also goes by its name
+    filter_kind: Tensor  # i8[S], NO_FILTERS, HEAD_FILTERS or RARE_FILTERS
     seed: Tensor  # i64[S]
     bias: Tensor  # f32[S, V], added to the logits, -inf bans; read where has_bias
     has_bias: Tensor  # bool[S]
@@ -118,6 +129,7 @@ class SlotSampling:
         neutral = [float(getattr(SlotValues, name)) for name in SCALARS]
         return cls(
             scalars=torch.tensor(neutral, dtype=torch.float32, device=device).repeat(slots, 1),
+            filter_kind=full(NO_FILTERS, torch.int8),
             seed=full(0, torch.int64),
             bias=full(0, torch.float32, vocab),
             has_bias=full(False, torch.bool),
@@ -131,6 +143,7 @@ class SlotSampling:
     def __post_init__(self) -> None:
         slots, vocab = self.bias.shape
         expect("scalars", self.scalars, (slots, len(SCALARS)), torch.float32)
+        expect("filter_kind", self.filter_kind, (slots,), torch.int8)
         for name in ("has_bias", "has_penalties"):
             expect(name, getattr(self, name), (slots,), torch.bool)
         for name in ("seed", "min_position"):
@@ -166,6 +179,7 @@ class SlotSampling:
         row = [float(getattr(values, name)) for name in SCALARS]
         row[SCALARS.index("top_k")] = min(values.top_k, self.vocab)
         self.scalars[slot] = self._tensor(row, torch.float32)
+        self.filter_kind[slot] = values.filter_kind
         self.min_position[slot] = values.min_position
         self.seed[slot] = _as_int64(values.seed)
         padding = [NO_ID] * (MAX_STOP_IDS - len(values.stop_ids))

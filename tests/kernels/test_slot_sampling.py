@@ -7,7 +7,7 @@ import torch
 
 from millrace.kernels.slot_sampling import MAX_STOP_IDS, NO_ID, SlotSampling, SlotValues
 
-FIELDS = ("scalars", "seed", "min_position", "has_bias", "has_penalties", "stop_ids")
+FIELDS = ("scalars", "filter_kind", "seed", "min_position", "has_bias", "has_penalties", "stop_ids")
 
 
 @pytest.mark.parametrize(
