@@ -27,6 +27,7 @@ _REPETITION = tl.constexpr(SCALARS.index("repetition_penalty"))
 _PRESENCE = tl.constexpr(SCALARS.index("presence_penalty"))
 _FREQUENCY = tl.constexpr(SCALARS.index("frequency_penalty"))
 _STOPS = tl.constexpr(MAX_STOP_IDS)
+_STOPS_PADDED = tl.constexpr(triton.next_power_of_2(MAX_STOP_IDS))
 _GREEDY_BELOW = tl.constexpr(GREEDY_BELOW)
 NO_XTC = tl.constexpr(2.0)
 """A threshold that no probability reaches."""
@@ -79,7 +80,9 @@ def scaled_logits(row, o_vocab, m_vocab):
     if tl.load(p_has_bias + slot):
         x += tl.load(p_bias + start + o_vocab, mask=m_vocab, other=0.0)
     if position < tl.load(p_min_position + slot):
-        for i_stop in range(_STOPS):
+        o_stop = tl.arange(0, _STOPS_PADDED)
+        stop_ids = tl.load(p_stop_ids + slot * _STOPS + o_stop, mask=o_stop < _STOPS, other=-1)
+        for i_stop in range(tl.sum((stop_ids >= 0).to(tl.int32), axis=0)):
             stop_id = tl.load(p_stop_ids + slot * _STOPS + i_stop)
             x = tl.where(o_vocab == stop_id, x + float("-inf"), x)
     if tl.load(p_has_penalties + slot):

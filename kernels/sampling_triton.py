@@ -56,7 +56,7 @@ from millrace.kernels.slot_sampling import SlotSampling
 
 MAX_VOCAB = 1 << 19
 """The group maxima of a row must fit the registers of one program."""
-STATS_WARPS, GATHER_WARPS, FINISH_WARPS, WIDE_WARPS = 8, 8, 4, 16
+STATS_WARPS, GATHER_WARPS, FINISH_WARPS, WIDE_WARPS = 8, 8, 4, 8
 """Warps per program: what compiles for every target without a spill, and no more."""
 
 
