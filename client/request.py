@@ -27,6 +27,11 @@ class Options(TypedDict, total=False):
     top_k: int
     top_p: float
     min_p: float
+    typical_p: float
+    top_n_sigma: float
+    xtc_probability: float
+    xtc_threshold: float
+    temperature_last: bool
     repetition_penalty: float
     presence_penalty: float
     frequency_penalty: float
@@ -41,6 +46,7 @@ class Options(TypedDict, total=False):
     ignore_eos: bool
     include_stop_string: bool
     logprobs: int
+    logprobs_mode: str  # the name of a LogprobsMode
     prompt_logprobs: int
     skip_special_tokens: bool
     timeout_ms: int

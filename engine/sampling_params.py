@@ -7,6 +7,7 @@ that knows the ranges; `kernels/sampling.py` has the formulas and the order in w
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import msgspec
 
@@ -21,6 +22,8 @@ MAX_LOGPROBS = 20  # as in OpenAI's API
 MAX_LOGIT_BIAS = 1024  # entries in logit_bias
 MAX_SEED = 2**63 - 1
 
+LogprobsMode = Literal["raw", "processed"]
+
 
 class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
     """How the tokens of one request are chosen and when it ends.
@@ -33,6 +36,11 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=Tr
     top_k: int = 0  # keep the k most likely tokens; 0 or -1 keeps all
     top_p: float = 1.0  # (0, 1]; keep the shortest head that holds this probability mass
     min_p: float = 0.0  # [0, 1]; keep tokens at least this times as likely as the likeliest
+    typical_p: float = 1.0  # (0, 1]; keep tokens near the expected surprise that hold this mass
+    top_n_sigma: float = 0.0  # >= 0; keep logits this many deviations below the best; 0 keeps all
+    xtc_probability: float = 0.0  # [0, 1]; how often tokens from xtc_threshold on are left out,
+    xtc_threshold: float = 0.1  # [0, 1]; but for the least likely of them
+    temperature_last: bool = False  # the filters look at temperature 1, as in llama.cpp
     repetition_penalty: float = 1.0  # > 0; over prompt and output; 1 is off
     presence_penalty: float = 0.0  # [-2, 2]; over the output
     frequency_penalty: float = 0.0  # [-2, 2]; over the output, times the count
@@ -47,7 +55,8 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=Tr
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False  # go on past the model's end-of-sequence token
     logprobs: int | None = None  # log-probabilities of chosen tokens and of this many likeliest
-    prompt_logprobs: int | None = None  # the same for each token of the prompt
+    logprobs_mode: LogprobsMode = "raw"  # before any edit, or of what the token was drawn from
+    prompt_logprobs: int | None = None  # raw ones for each token of the prompt
     skip_special_tokens: bool = True  # leave control tokens out of the text
 
 
@@ -58,6 +67,10 @@ def validate(params: SamplingParams, vocab_size: int) -> None:
     _check_range("top_k", params.top_k, -1, 2**31 - 1)
     _check_range("top_p", params.top_p, 0.0, 1.0, low_open=True)
     _check_range("min_p", params.min_p, 0.0, 1.0)
+    _check_range("typical_p", params.typical_p, 0.0, 1.0, low_open=True)
+    _check_range("top_n_sigma", params.top_n_sigma, 0.0, math.inf)
+    _check_range("xtc_probability", params.xtc_probability, 0.0, 1.0)
+    _check_range("xtc_threshold", params.xtc_threshold, 0.0, 1.0)
     _check_range("repetition_penalty", params.repetition_penalty, 0.0, math.inf, low_open=True)
     _check_range("presence_penalty", params.presence_penalty, -2.0, 2.0)
     _check_range("frequency_penalty", params.frequency_penalty, -2.0, 2.0)

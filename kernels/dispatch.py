@@ -19,6 +19,10 @@ from torch import Tensor
 
 from millrace.kernels import activation, attention, attention_cpu, kv_append, matmul, norm
 from millrace.kernels.logprobs import RawLogprobs, raw_logprobs_cpu, raw_logprobs_reference
+from millrace.kernels.processed_logprobs import (
+    processed_logprobs_cpu,
+    processed_logprobs_reference,
+)
 from millrace.kernels.sampling import SampledTokens, sample_reference
 from millrace.kernels.sampling_cpu import sample_cpu
 
@@ -56,6 +60,7 @@ class Operations:
     pack_linear: Callable[..., matmul.PackedLinear]  # matmul.pack_linear
     sample: Callable[..., SampledTokens]  # sampling.sample_reference
     raw_logprobs: Callable[..., RawLogprobs]  # logprobs.raw_logprobs_reference
+    processed_logprobs: Callable[..., RawLogprobs]  # processed_logprobs_reference
 
 
 REFERENCE = Operations(
@@ -70,6 +75,7 @@ REFERENCE = Operations(
     pack_linear=matmul.pack_linear_reference,
     sample=sample_reference,
     raw_logprobs=raw_logprobs_reference,
+    processed_logprobs=processed_logprobs_reference,
 )
 
 TORCH_ON_GPU = replace(
@@ -89,6 +95,7 @@ TORCH_ON_CPU = replace(
     paged_attention=attention_cpu.paged_attention_cpu,
     sample=sample_cpu,
     raw_logprobs=raw_logprobs_cpu,
+    processed_logprobs=processed_logprobs_cpu,
 )
 
 
@@ -130,6 +137,7 @@ def _triton_operations(on_gpu: bool) -> Operations:
         paged_attention=attention_triton.paged_attention,
         sample=sampling_triton.sample_triton,
         raw_logprobs=logprobs_triton.raw_logprobs_triton,
+        processed_logprobs=logprobs_triton.processed_logprobs_triton,
     )
 
 

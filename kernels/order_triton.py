@@ -36,6 +36,41 @@ def key_of(x, ids):
 
 
 @triton.jit
+def lowest_key(x):
+    """f32 -> i64, the least key of a token at least as good as x."""
+    return (order_of(x).to(tl.int64) + SIGN) << ID_BITS
+
+
+@triton.jit
+def nearness(x, expected):
+    """i64 >= 0 that grows as |x - expected| falls."""
+    return (order_of(tl.abs(x - expected)) ^ 0x7FFFFFFF).to(tl.int64)
+
+
+@triton.jit
+def survives(keys, x, kept):
+    """Whether tokens are among those that `kept` describes, (low, high, near, expected): keys from
+    low to high, as near to the expected logit as `near`."""
+    low, high, near, expected = kept
+    return (keys >= low) & (keys <= high) & (nearness(x, expected) >= near)
+
+
+@triton.jit
+def store_kept(p_kept, low, high, near, expected):
+    """`kept` as i64[4], for `load_kept`."""
+    tl.store(p_kept, low)
+    tl.store(p_kept + 1, high)
+    tl.store(p_kept + 2, near)
+    tl.store(p_kept + 3, order_of(expected).to(tl.int64))
+
+
+@triton.jit
+def load_kept(p_kept):
+    expected = value_of(tl.load(p_kept + 3).to(tl.int32))
+    return tl.load(p_kept), tl.load(p_kept + 1), tl.load(p_kept + 2), expected
+
+
+@triton.jit
 def key_value(key):
     """The f32 of a `key_of`."""
     return value_of(((key >> ID_BITS) - SIGN).to(tl.int32))

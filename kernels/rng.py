@@ -11,7 +11,7 @@ tokens go in tiles of 4096 and one tile costs 1024 calls:
     key      = (seed's low 32 bits, seed's high 32 bits)
     counter  = ((id // 4096) * 1024 + id % 1024, position's low 32 bits, purpose, 0)
     word     = output number (id // 1024) % 4
-    purpose  = 0 for the draw of a token
+    purpose  = 0 for the draw of a token, 1 for XTC's coin (word 0 of counter 0)
 
 Example: token 5000 lies in tile 1, and 5000 % 4096 = 904 is below 1024, so its noise is word 0 of
 counter (1024 + 5000 % 1024, ...) = (1928, position, 0, 0). Token 7000 shares the tile;
@@ -30,6 +30,7 @@ TILE = 4096
 WORDS = 4
 CALLS_PER_TILE = TILE // WORDS
 PURPOSE_DRAW = 0
+PURPOSE_XTC = 1
 
 ROUNDS = 10
 MULTIPLIER_0, MULTIPLIER_2 = 0xD2511F53, 0xCD9E8D57
@@ -88,6 +89,15 @@ def gumbel_noise(seeds: Tensor, positions: Tensor, vocab: int) -> Tensor:
             noise[part, :, i_word].copy_(words[i_word].view(-1, tiles, CALLS_PER_TILE))
         _gumbel_(noise[part])
     return noise.view(rows, tiles * TILE)[:, :vocab]
+
+
+def xtc_coins(seeds: Tensor, positions: Tensor) -> Tensor:
+    """The coin of each row: seeds i64[R], positions i64[R] -> f32[R], uniform in (0, 1)."""
+    _check_rows(seeds, positions)
+    zero = torch.zeros_like(seeds)
+    counter = (zero, positions & MASK, zero + PURPOSE_XTC, zero)
+    word = philox4x32(counter, (seeds & MASK, (seeds >> 32) & MASK))[0]
+    return ((word.to(torch.float32) + 0.5) * WORD_SCALE).clamp(max=MAX_UNIFORM)
 
 
 def _philox_rows(seeds: Tensor, positions: Tensor, counters: Tensor) -> tuple[Tensor, ...]:

@@ -10,25 +10,18 @@ operation, in this order (that of transformers and vLLM):
     5. - frequency * count - presence * [count > 0], over the output alone
     6. argmax if greedy         (temperature below GREEDY_BELOW); otherwise
     7. * (1 / temperature)
-    8. top-k                    the k best tokens
-    9. top-p                    the shortest head that holds the mass p of those left by top-k
-   10. min-p                    tokens at least min_p times as probable as the best
-   11. Gumbel-max draw          argmax(l + g), g the noise of `rng.py`
+    8. filters                  top-n-sigma, top-k, typical-p, top-p, min-p, XTC; see `filters.py`
+    9. Gumbel-max draw          argmax(l + g), g the noise of `rng.py`
 
-Ties. Tokens are ordered by (value descending, id ascending), and cuts obey that order: exactly k
-are kept, where transformers keeps every token that ties with the k-th. Apart from ties, top-k,
-top-p (the token that crosses p stays) and min-p keep the sets that transformers keeps.
-
-Sums. A token's mass is the integer floor(exp(l - max) * 2^40). Sums of integers do not depend on
-their order, so neither the batch nor the launch can move a cut; what truncation loses is below
-V * 2^-40 of the best token's mass.
+With `temperature_last` step 7 comes after step 8, as in llama.cpp: filters see temperature 1.
 
 A row's result depends on its own logits, parameters and position alone: not on R, its index or
-its neighbours. Logprobs are raw, of the logits before step 2 (see `logprobs.py`).
+its neighbours. Logprobs are of the logits before step 2 (`logprobs.py`), or of what step 9 draws
+from (`processed_logprobs.py`).
 
 A row is not ok, and its token must not be used, when a NaN is in it or when nothing but -inf is
 left after step 5. A ban adds -inf, so a banned +inf is a NaN. Where +inf remains after step 7,
-nothing else has a chance: the +inf of the lowest id is taken.
+nothing else has a chance: the +inf of the lowest id is taken, unfiltered.
 
 `sample_cpu` and `sample_triton` compute the same; this file imports neither.
 
@@ -43,8 +36,8 @@ import torch
 from torch import Tensor
 
 from millrace.kernels.checks import expect
-from millrace.kernels.logprobs import MASS_ONE
-from millrace.kernels.rng import gumbel_noise_at
+from millrace.kernels.filters import Filters, kept_tokens
+from millrace.kernels.rng import gumbel_noise_at, xtc_coins
 from millrace.kernels.slot_sampling import SlotSampling, SlotValues
 
 __all__ = ["SampledTokens", "SlotSampling", "SlotValues", "sample_reference"]
@@ -59,6 +52,13 @@ class SampledTokens:
 
     token_ids: Tensor  # i64[R]; 0 where not ok
     ok: Tensor  # bool[R]; False: NaN, or no token left; the row's token must not be used
+    kept: Tensor | None = None  # i64[R, 4], the survivors as `sample_triton` describes them
+
+    def row(self, i_row: int) -> "SampledTokens":
+        """One row as a batch of its own."""
+        one = slice(i_row, i_row + 1)
+        kept = None if self.kept is None else self.kept[one]
+        return SampledTokens(self.token_ids[one], self.ok[one], kept)
 
 
 def sample_reference(
@@ -101,46 +101,43 @@ def edit_row(row: Tensor, slot: int, position: int, params: SlotSampling) -> Ten
 
 
 def draw_from_row(row: Tensor, slot: int, position: int, params: SlotSampling) -> int | None:
-    """Steps 6 to 11 on one edited row f32[V]; None where the row has no token to give."""
+    """Steps 6 to 9 on one edited row f32[V]; None where the row has no token to give."""
     best = row.max()
     if best.isnan() or best == -math.inf:
         return None
-    temperature = params.temperature[slot]
-    scaled = row if temperature < GREEDY_BELOW else row * (1.0 / temperature)
-    if temperature < GREEDY_BELOW or scaled.max() == math.inf:
+    greedy, before, after = temperature_factors(slot, params)
+    scaled = row * before
+    if greedy or scaled.max() == math.inf:
         return int(scaled.argmax())
-    kept = kept_tokens(
-        scaled, int(params.top_k[slot]), float(params.top_p[slot]), params.min_p[slot]
-    )
+    kept = kept_tokens(scaled, filters_of(slot, position, params))
     kept = kept.sort().values  # so that the first of equal scores has the lowest id
     seeds, positions = params.seed[slot].view(1), params.seed.new_tensor([position])
-    scores = scaled[kept] + gumbel_noise_at(seeds, positions, kept.unsqueeze(0))[0]
-    return int(kept[scores.argmax()])
+    noise = gumbel_noise_at(seeds, positions, kept.unsqueeze(0))[0]
+    return int(kept[(scaled[kept] * after + noise).argmax()])
 
 
-def kept_tokens(scaled: Tensor, top_k: int, top_p: float, min_p: Tensor) -> Tensor:
-    """Ids that survive steps 8 to 10, best first: scaled f32[V], min_p f32[] -> i64[kept]."""
-    values, ids = scaled.sort(descending=True, stable=True)
-    kept = int((values > -math.inf).sum())
-    if top_k > 0:
-        kept = min(kept, top_k)
-    if top_p < 1.0:
-        masses = fixed_point_mass(values[:kept], values[0])
-        before = masses.cumsum(0) - masses
-        kept = int((before < top_p_target(top_p, int(masses.sum()))).sum())
-    if min_p > 0.0:
-        kept = min(kept, int((values >= values[0] + min_p.log()).sum()))
-    return ids[:kept]
+def temperature_factors(slot: int, params: SlotSampling) -> tuple[bool, Tensor, Tensor]:
+    """(whether greedy, the factor before the filters, the factor after them); one of them is 1."""
+    temperature = params.temperature[slot]
+    one = torch.ones_like(temperature)
+    if temperature < GREEDY_BELOW:
+        return True, one, one
+    inverse = 1.0 / temperature
+    return (False, one, inverse) if params.temperature_last[slot] else (False, inverse, one)
 
 
-def fixed_point_mass(values: Tensor, best: Tensor) -> Tensor:
-    """Masses relative to the best token's: f32, f32 -> i64, floor(exp(values - best) * 2^40)."""
-    return ((values - best).exp_() * MASS_ONE).to(torch.int64)
-
-
-def top_p_target(top_p: float, total: int) -> int:
-    """The mass that top-p must reach: ceil(p * total) in float64, at least 1."""
-    return max(1, min(total, math.ceil(top_p * float(total))))
+def filters_of(slot: int, position: int, params: SlotSampling) -> Filters:
+    """A row's filters; XTC among them only if its coin falls so."""
+    at = params.seed.new_tensor([position])
+    xtc = xtc_coins(params.seed[slot].view(1), at)[0] < params.xtc_probability[slot]
+    return Filters(
+        top_n_sigma=float(params.top_n_sigma[slot]),
+        top_k=int(params.top_k[slot]),
+        typical_p=float(params.typical_p[slot]),
+        top_p=float(params.top_p[slot]),
+        min_p=float(params.min_p[slot]),
+        xtc_threshold=float(params.xtc_threshold[slot]) if xtc else None,
+    )
 
 
 def check_inputs(logits: Tensor, slots: Tensor, positions: Tensor, params: SlotSampling) -> None:

@@ -2,8 +2,8 @@
 
 Rows are told apart by what they need. Greedy rows cost an argmax; rows with only a temperature
 cost the noise and an argmax; rows with filters find their head through group maxima
-(`candidates.py`) and take noise for the survivors alone. Whatever is rare and odd (an infinite
-logit, a NaN) goes to the reference's own code.
+(`candidates.py`) and take noise for the survivors alone. What is rare (top-n-sigma, typical-p, XTC,
+a temperature after the filters) or odd (an infinite logit, a NaN) goes to the reference's own code.
 """
 
 from collections.abc import Iterator
@@ -19,6 +19,7 @@ from millrace.kernels.candidates import (
     sorted_rows,
     top_k_bounds,
 )
+from millrace.kernels.filters import fixed_point_mass
 from millrace.kernels.logprobs import MASS_ONE
 from millrace.kernels.rng import gumbel_noise, gumbel_noise_at
 from millrace.kernels.sampling import (
@@ -27,9 +28,8 @@ from millrace.kernels.sampling import (
     check_inputs,
     draw_from_row,
     edit_row,
-    fixed_point_mass,
 )
-from millrace.kernels.slot_sampling import SlotSampling
+from millrace.kernels.slot_sampling import HEAD_FILTERS, NO_FILTERS, SlotSampling
 
 _BLOCK_VALUES = 1 << 20  # logits worked on at a time: 4 MiB of float32, for the last-level cache
 _NARROW = 2048  # candidates up to which rows share one table; a wider row gets its own
@@ -45,14 +45,13 @@ def sample_cpu(
     """As `sample_reference`: same arguments, same tokens. IndexError if a slot is not in [0, S)."""
     check_inputs(logits, slots, positions, params)
     batch = _Rows(logits.contiguous(), slots, positions, params)
-    greedy = batch.of("temperature") < GREEDY_BELOW
-    filtered = (batch.of("top_k") > 0) | (batch.of("top_p") < 1) | (batch.of("min_p") > 0)
+    greedy, kind = batch.of("temperature") < GREEDY_BELOW, batch.of("filter_kind")
     token_ids = torch.zeros_like(slots)
-    best = torch.zeros(slots.shape[0])
+    best = torch.full((slots.shape[0],), torch.nan)  # where it stays, no sampler took the row
     for sampler, wanted in (
         (_greedy, greedy),
-        (_unfiltered, ~(greedy | filtered)),
-        (_filtered, filtered & ~greedy),
+        (_unfiltered, (kind == NO_FILTERS) & ~greedy),
+        (_filtered, (kind == HEAD_FILTERS) & ~greedy),
     ):
         rows = wanted.nonzero().squeeze(1)
         if rows.shape[0]:
@@ -212,7 +211,7 @@ def _top_p_bound(maxima: Tensor, best: Tensor, total: Tensor, top_p: Tensor, voc
 
 
 def _draw(rows: _Rows, values: Tensor, ids: Tensor, best: Tensor, total: Tensor) -> Tensor:
-    """Steps 8 to 11 on a table of candidates [R, C], best first: the token of each row, i64[R].
+    """Steps 8 and 9 on a table of candidates [R, C], best first: the token of each row, i64[R].
 
     `rows.logits` are not read.
     """
@@ -235,6 +234,6 @@ def _draw(rows: _Rows, values: Tensor, ids: Tensor, best: Tensor, total: Tensor)
 
 
 def _top_p_target(top_p: Tensor, total: Tensor) -> Tensor:
-    """`sampling.top_p_target` of tensors: f32[...], i64[...] -> i64[...]."""
+    """`filters.share_of` of tensors: f32[...], i64[...] -> i64[...]."""
     target = (top_p.double() * total.double()).ceil().to(torch.int64)
     return target.minimum(total).clamp(min=1)

@@ -17,6 +17,24 @@ MAX_STOP_IDS = 80
 NO_ID = -1
 """Pads a slot's stop ids."""
 SEED_BITS = 64
+NO_FILTERS, HEAD_FILTERS, RARE_FILTERS = 0, 1, 2
+"""What a row's filters are: top-k, top-p and min-p cut a head off; the others are rare."""
+SCALARS = (
+    *("temperature", "top_k", "top_p", "min_p"),
+    *("temperature_last", "top_n_sigma", "typical_p", "xtc_probability", "xtc_threshold"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+)
+"""The columns of `SlotSampling.scalars`: a kernel finds all numbers of a slot in one row."""
+
+
+def _column(name: str) -> property:
+    """A parameter by slot, f32[S]: a view of its column."""
+    i_column = SCALARS.index(name)
+
+    def column(self: "SlotSampling") -> Tensor:
+        return self.scalars[:, i_column]
+
+    return property(column)
 
 
 @dataclass(frozen=True)
@@ -31,9 +49,14 @@ class SlotValues:
     """
 
     temperature: float = 0.0  # 0 = greedy
+    temperature_last: bool = False  # filters look at temperature 1
+    top_n_sigma: float = 0.0  # 0 = off
     top_k: int = 0  # 0 = off
+    typical_p: float = 1.0  # 1 = off
     top_p: float = 1.0  # 1 = off
     min_p: float = 0.0  # 0 = off
+    xtc_probability: float = 0.0  # 0 = off
+    xtc_threshold: float = 0.1
     repetition_penalty: float = 1.0  # 1 = off
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -48,9 +71,12 @@ class SlotValues:
     def __post_init__(self) -> None:
         inf = math.inf
         _check("temperature", self.temperature, 0 <= self.temperature < inf, "finite, >= 0")
+        _check("top_n_sigma", self.top_n_sigma, 0 <= self.top_n_sigma < inf, "finite, >= 0")
         _check("top_k", self.top_k, self.top_k >= 0, ">= 0")
-        _check("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]")
-        _check("min_p", self.min_p, 0 <= self.min_p <= 1, "in [0, 1]")
+        for name in ("typical_p", "top_p"):
+            _check(name, getattr(self, name), 0 < getattr(self, name) <= 1, "in (0, 1]")
+        for name in ("min_p", "xtc_probability", "xtc_threshold"):
+            _check(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "in [0, 1]")
         penalty = self.repetition_penalty
         _check("repetition_penalty", penalty, 0 < penalty < inf, "finite, > 0")
         for name in ("presence_penalty", "frequency_penalty"):
@@ -65,6 +91,14 @@ class SlotValues:
         return bool(self.bias) or self.allowed_ids is not None
 
     @property
+    def filter_kind(self) -> int:
+        rare = self.top_n_sigma > 0 or self.typical_p < 1 or self.xtc_probability > 0
+        head = self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+        if rare or (head and self.temperature_last):
+            return RARE_FILTERS
+        return HEAD_FILTERS if head else NO_FILTERS
+
+    @property
     def has_penalties(self) -> bool:
         additive = (self.presence_penalty, self.frequency_penalty)
         return self.repetition_penalty != 1 or any(additive)
@@ -74,13 +108,8 @@ class SlotValues:
 class SlotSampling:
     """Sampling parameters of S slots over a vocabulary of V, all on one device."""
 
-    temperature: Tensor  # f32[S], 0 = greedy
-    top_k: Tensor  # i32[S], 0 = off
-    top_p: Tensor  # f32[S], 1 = off
-    min_p: Tensor  # f32[S], 0 = off
-    repetition_penalty: Tensor  # f32[S], 1 = off
-    presence_penalty: Tensor  # f32[S]
-    frequency_penalty: Tensor  # f32[S]
+    scalars: Tensor  # f32[S, len(SCALARS)]; each column also goes by its name
+    filter_kind: Tensor  # i8[S], NO_FILTERS, HEAD_FILTERS or RARE_FILTERS
     seed: Tensor  # i64[S]
     bias: Tensor  # f32[S, V], added to the logits, -inf bans; read where has_bias
     has_bias: Tensor  # bool[S]
@@ -97,14 +126,10 @@ class SlotSampling:
         def full(value: float, dtype: torch.dtype, *shape: int) -> Tensor:
             return torch.full((slots, *shape), value, dtype=dtype, device=device)
 
+        neutral = [float(getattr(SlotValues, name)) for name in SCALARS]
         return cls(
-            temperature=full(0, torch.float32),
-            top_k=full(0, torch.int32),
-            top_p=full(1, torch.float32),
-            min_p=full(0, torch.float32),
-            repetition_penalty=full(1, torch.float32),
-            presence_penalty=full(0, torch.float32),
-            frequency_penalty=full(0, torch.float32),
+            scalars=torch.tensor(neutral, dtype=torch.float32, device=device).repeat(slots, 1),
+            filter_kind=full(NO_FILTERS, torch.int8),
             seed=full(0, torch.int64),
             bias=full(0, torch.float32, vocab),
             has_bias=full(False, torch.bool),
@@ -117,17 +142,24 @@ class SlotSampling:
 
     def __post_init__(self) -> None:
         slots, vocab = self.bias.shape
-        for name in ("temperature", "top_p", "min_p", *PENALTIES):
-            expect(name, getattr(self, name), (slots,), torch.float32)
+        expect("scalars", self.scalars, (slots, len(SCALARS)), torch.float32)
+        expect("filter_kind", self.filter_kind, (slots,), torch.int8)
         for name in ("has_bias", "has_penalties"):
             expect(name, getattr(self, name), (slots,), torch.bool)
         for name in ("seed", "min_position"):
             expect(name, getattr(self, name), (slots,), torch.int64)
-        expect("top_k", self.top_k, (slots,), torch.int32)
         expect("bias", self.bias, (slots, vocab), torch.float32)
         expect("prompt_seen", self.prompt_seen, (slots, vocab), torch.bool)
         expect("output_counts", self.output_counts, (slots, vocab), torch.int32)
         expect("stop_ids", self.stop_ids, (slots, MAX_STOP_IDS), torch.int32)
+
+    temperature, temperature_last = _column("temperature"), _column("temperature_last")
+    top_n_sigma, top_k = _column("top_n_sigma"), _column("top_k")
+    typical_p, top_p, min_p = _column("typical_p"), _column("top_p"), _column("min_p")
+    xtc_probability, xtc_threshold = _column("xtc_probability"), _column("xtc_threshold")
+    repetition_penalty = _column("repetition_penalty")
+    presence_penalty = _column("presence_penalty")
+    frequency_penalty = _column("frequency_penalty")
 
     @property
     def slots(self) -> int:
@@ -144,9 +176,11 @@ class SlotSampling:
     def write(self, slot: int, values: SlotValues) -> None:
         """Give `slot` these values. ValueError where an id is not below V."""
         self._check_ids(values)
-        for name in ("temperature", "top_p", "min_p", *PENALTIES, "min_position"):
-            getattr(self, name)[slot] = getattr(values, name)
-        self.top_k[slot] = min(values.top_k, self.vocab)
+        row = [float(getattr(values, name)) for name in SCALARS]
+        row[SCALARS.index("top_k")] = min(values.top_k, self.vocab)
+        self.scalars[slot] = self._tensor(row, torch.float32)
+        self.filter_kind[slot] = values.filter_kind
+        self.min_position[slot] = values.min_position
         self.seed[slot] = _as_int64(values.seed)
         padding = [NO_ID] * (MAX_STOP_IDS - len(values.stop_ids))
         self.stop_ids[slot] = self._tensor([*values.stop_ids, *padding], torch.int32)
@@ -187,9 +221,6 @@ class SlotSampling:
 
     def _tensor(self, values: Sequence[float], dtype: torch.dtype) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=self.device)
-
-
-PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
 def _as_int64(seed: int) -> int:

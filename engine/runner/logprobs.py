@@ -1,6 +1,7 @@
 """Log-probabilities for clients: of drawn tokens, and of the tokens of a prompt.
 
-Raw, that is of the model's logits before any edit (`kernels/logprobs.py` has the definition).
+Of prompts raw, that is of the model's logits before any edit; of drawn tokens as the request asks
+(`kernels/logprobs.py` and `kernels/processed_logprobs.py` have the definitions).
 """
 
 from __future__ import annotations

@@ -62,9 +62,14 @@ def slot_values(settings: NewRequest, request: Request) -> SlotValues:
     )
     return SlotValues(
         temperature=params.temperature,
+        temperature_last=params.temperature_last,
+        top_n_sigma=params.top_n_sigma,
         top_k=max(params.top_k, 0),
+        typical_p=params.typical_p,
         top_p=params.top_p,
         min_p=params.min_p,
+        xtc_probability=params.xtc_probability,
+        xtc_threshold=params.xtc_threshold,
         repetition_penalty=params.repetition_penalty,
         presence_penalty=params.presence_penalty,
         frequency_penalty=params.frequency_penalty,

@@ -36,7 +36,7 @@ class LaunchedStep:
     sampled: SampledTokens
     stopped: torch.Tensor  # bool [N]
     scored: dict[int, tuple[torch.Tensor, RawLogprobs]] = field(default_factory=dict)
-    """slot -> (its token i64 [1], raw logprobs of that one row), where asked for"""
+    """slot -> (its token i64 [1], logprobs of that one row), where asked for"""
     prompt_logprobs: dict[int, tuple[int, list[TokenLogprobs]]] = field(default_factory=dict)
     """slot -> (first position scored, scores of that position on)"""
 
@@ -74,6 +74,7 @@ class Runner:
         self._decode_slots = np.zeros(0, np.int64)  # the same as indices, in ascending order
         self._length = np.zeros(num_slots, np.int64)  # the host's copy of table.computed
         self._num_top: dict[int, int] = {}  # slot -> output logprobs wanted
+        self._processed: set[int] = set()  # the slots among them that want processed ones
         self._prompt_top: dict[int, tuple[int, int]] = {}  # slot -> (prompt length, alternatives)
 
     @torch.inference_mode()
@@ -102,6 +103,7 @@ class Runner:
         self._table.update(plan)
         for slot in plan.released:
             self._num_top.pop(slot, None)
+            self._processed.discard(slot)
             self._prompt_top.pop(slot, None)
         for request in plan.admitted:
             self._note_logprobs(request)
@@ -117,6 +119,8 @@ class Runner:
         params = request.payload.params
         if params.logprobs is not None:
             self._num_top[request.slot] = params.logprobs
+            if params.logprobs_mode == "processed":
+                self._processed.add(request.slot)
         if params.prompt_logprobs is not None:
             self._prompt_top[request.slot] = (len(request.prompt), params.prompt_logprobs)
 
@@ -170,19 +174,39 @@ class Runner:
         positions = batch.positions[last_token] + 1  # of the tokens to draw
         logits = self._model.logits(hidden[last_token])  # [N, V]
         sampled = self._operations.sample(logits, slots, positions, table.sampling)
+        scored = self._score_drawn(host_slots, logits, slots, positions, sampled)
         table.tokens[slots, positions] = sampled.token_ids
         table.sampling.record(slots, sampled.token_ids)
         stop_ids = table.sampling.stop_ids[slots]  # [N, K]
         stopped = (stop_ids == sampled.token_ids[:, None]).any(dim=1)
-        launched = LaunchedStep(plan.step, host_slots, sampled, stopped)
+        return LaunchedStep(plan.step, host_slots, sampled, stopped, scored)
+
+    def _score_drawn(
+        self,
+        host_slots: npt.NDArray[np.int64],
+        logits: torch.Tensor,
+        slots: torch.Tensor,
+        positions: torch.Tensor,
+        sampled: SampledTokens,
+    ) -> dict[int, tuple[torch.Tensor, RawLogprobs]]:
+        """Logprobs of the drawn tokens by slot, a row at a time: only who asks pays.
+
+        Processed ones read the penalties' counts as the draw did, so before it is recorded.
+        """
+        scored: dict[int, tuple[torch.Tensor, RawLogprobs]] = {}
         for row, slot in enumerate(host_slots.tolist()):
-            if slot in self._num_top:  # only who asks pays
-                token_id = sampled.token_ids[row : row + 1]
-                raw = self._operations.raw_logprobs(
-                    logits[row : row + 1], token_id, self._num_top[slot]
+            if slot not in self._num_top:
+                continue
+            one, drawn, num_top = slice(row, row + 1), sampled.row(row), self._num_top[slot]
+            if slot in self._processed:
+                logprobs = self._operations.processed_logprobs(
+                    *(logits[one], slots[one], positions[one], self._table.sampling),
+                    *(drawn, num_top),
                 )
-                launched.scored[slot] = (token_id, raw)
-        return launched
+            else:
+                logprobs = self._operations.raw_logprobs(logits[one], drawn.token_ids, num_top)
+            scored[slot] = (drawn.token_ids, logprobs)
+        return scored
 
     def _score_prompt(self, chunk: PrefillChunk, hidden: torch.Tensor) -> list[TokenLogprobs]:
         """Scores of the prompt tokens that follow the chunk's positions."""

@@ -18,7 +18,7 @@ from millrace.engine.errors import InvalidRequest
 from millrace.engine.input import ChatPrompt, GenerationRequest, Prompt, TextPrompt, TokenPrompt
 from millrace.engine.outbox import RequestOutput
 from millrace.engine.output import OutputDelta, Summary
-from millrace.engine.sampling_params import MAX_LOGPROBS, SamplingParams
+from millrace.engine.sampling_params import MAX_LOGPROBS, LogprobsMode, SamplingParams
 from millrace.engine.server.status import MS, failure_of
 from millrace.engine.text.chat import Message
 from millrace.v1 import admin_pb2 as admin
@@ -27,9 +27,15 @@ from millrace.v1 import inference_pb2 as pb
 MAX_TIMEOUT_MS = 2**53  # exact as a float; more than anybody waits
 
 _SAMPLING_FIELDS = (  # optional, and named alike on both sides
-    *("temperature", "top_k", "top_p", "min_p"),
+    *("temperature", "temperature_last", "top_n_sigma", "top_k", "typical_p", "top_p", "min_p"),
+    *("xtc_probability", "xtc_threshold"),
     *("repetition_penalty", "presence_penalty", "frequency_penalty", "seed", "n"),
 )
+_LOGPROBS_MODES: dict[int, LogprobsMode] = {
+    pb.LOGPROBS_MODE_UNSPECIFIED: "raw",
+    pb.LOGPROBS_MODE_RAW: "raw",
+    pb.LOGPROBS_MODE_PROCESSED: "processed",
+}
 _FINISH: dict[FinishReason, pb.FinishReason] = {
     "stop": pb.FINISH_REASON_STOP,
     "length": pb.FINISH_REASON_LENGTH,
@@ -117,6 +123,8 @@ def to_params(
     values = {name: getattr(sampling, name) for name in _SAMPLING_FIELDS if sampling.HasField(name)}
     if values.get("top_k", 0) < 0:
         _refuse("top_k", "at least 0; 0 keeps all tokens", str(sampling.top_k))
+    if response.logprobs_mode not in _LOGPROBS_MODES:
+        _refuse("logprobs_mode", "RAW or PROCESSED", str(response.logprobs_mode))
     return SamplingParams(
         **values,
         logit_bias=dict(sampling.logit_bias) or None,
@@ -129,6 +137,7 @@ def to_params(
         ignore_eos=stopping.ignore_eos,
         include_stop_str_in_output=stopping.include_stop_string,
         logprobs=response.logprobs if response.HasField("logprobs") else None,
+        logprobs_mode=_LOGPROBS_MODES[response.logprobs_mode],
         prompt_logprobs=response.prompt_logprobs if response.HasField("prompt_logprobs") else None,
         skip_special_tokens=skips_special(response),
     )

@@ -3,14 +3,18 @@
 from collections.abc import Mapping
 from typing import Any
 
-from millrace.kernels import logprobs_triton, sampling_filters_triton, sampling_triton
+from millrace.kernels import (
+    logprobs_triton,
+    sampling_filters_triton,
+    sampling_triton,
+    sampling_wide_triton,
+)
 from millrace.kernels.aot.compiler import KernelSpec
 
 TYPES = {  # of the arguments that are not *fp32
     "p_logits": "*bf16",
     "p_slots": "*i64",
     "p_positions": "*i64",
-    "p_top_k": "*i32",
     "p_seed": "*i64",
     "p_has_bias": "*i1",
     "p_seen": "*i1",
@@ -19,12 +23,14 @@ TYPES = {  # of the arguments that are not *fp32
     "p_stop_ids": "*i32",
     "p_min_position": "*i64",
     "p_mass": "*i64",
+    "p_moments": "*fp64",
     "p_best_id": "*i32",
     "p_total": "*i64",
     "p_count": "*i32",
     "p_keys": "*i64",
     "p_token_ids": "*i64",
     "p_ok": "*i1",
+    "p_kept": "*i64",
     "p_above": "*i32",
     "p_ranks": "*i64",
     "p_top_ids": "*i64",
@@ -43,6 +49,7 @@ def _spec(name: str, kernel: Any, num_warps: int, **constants: Any) -> KernelSpe
 def _specs(prefix: str, tiles: int, keys: int) -> tuple[KernelSpec, ...]:
     """The kernels of a row of `tiles` tiles, a power of two, and 1 is specialised."""
     sampling, filters, logprobs = sampling_triton, sampling_filters_triton, logprobs_triton
+    wide = sampling_wide_triton
     one = {"tiles": 1} if tiles == 1 else {}
     padded = {"TILES": tiles} | one
     warps = sampling.bound_warps(tiles)
@@ -51,8 +58,9 @@ def _specs(prefix: str, tiles: int, keys: int) -> tuple[KernelSpec, ...]:
         _spec(f"{prefix} bound", filters.bound_kernel, warps, **padded),
         _spec(f"{prefix} gather", filters.gather_kernel, sampling.GATHER_WARPS, **one),
         _spec(f"{prefix} finish", filters.finish_kernel, sampling.FINISH_WARPS, **padded),
-        _spec(f"{prefix} wide", filters.wide_kernel, sampling.WIDE_WARPS, **padded),
-        _spec(f"{prefix} logprob tile", logprobs.logprob_tile_kernel, logprobs.WARPS, **one),
+        _spec(f"{prefix} wide", wide.wide_kernel, sampling.WIDE_WARPS, **padded),
+        _spec(f"{prefix} raw tile", logprobs.raw_tile_kernel, logprobs.WARPS, **one),
+        _spec(f"{prefix} processed tile", logprobs.processed_tile_kernel, logprobs.WARPS, **one),
         _spec(
             f"{prefix} logprob row",
             logprobs.logprob_row_kernel,

@@ -181,9 +181,14 @@ def sampling_case():
         for slot in range(slots):
             values = SlotValues(
                 temperature=pick(0.0, 0.05, 0.7, 1.0, 3.0),
+                temperature_last=pick(False, False, True),
+                top_n_sigma=pick(0.0, 0.0, 0.0, 1.0, 3.0),
                 top_k=pick(0, 0, 1, 5, 50, vocab // 2, vocab),
+                typical_p=pick(1.0, 1.0, 1.0, 0.9, 0.3),
                 top_p=pick(1.0, 1.0, 0.9, 0.5, 0.99, 1e-9),
                 min_p=pick(0.0, 0.0, 0.05, 0.5, 1.0),
+                xtc_probability=pick(0.0, 0.0, 0.5, 1.0),
+                xtc_threshold=pick(0.1, 0.02),
                 repetition_penalty=pick(1.0, 1.0, 1.3),
                 presence_penalty=pick(0.0, 0.0, 0.5),
                 frequency_penalty=pick(0.0, 0.3),

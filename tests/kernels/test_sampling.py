@@ -2,23 +2,26 @@
 
 import math
 
+import numpy as np
 import pytest
 import scipy.stats
 import torch
-from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
-
-from millrace.kernels.sampling import (
-    SlotSampling,
-    SlotValues,
-    edit_row,
-    kept_tokens,
-    sample_reference,
+from transformers import (
+    MinPLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
 )
+
+from millrace.kernels.filters import Filters, kept_tokens
+from millrace.kernels.rng import xtc_coins
+from millrace.kernels.sampling import SlotSampling, SlotValues, edit_row, sample_reference
 from millrace.kernels.sampling_cpu import sample_cpu
 
 SAMPLERS = pytest.mark.parametrize("sample", [sample_reference, sample_cpu])
 FIELDS = ("token_ids", "ok")
 DRAWS = 6000
+RARE = {"top_n_sigma", "typical_p", "xtc_probability", "temperature_last"}  # a row at a time
 
 
 def int64(*values):
@@ -105,7 +108,20 @@ EXACT_DISTRIBUTIONS = {
     "top_k": {"top_k": 5},
     "top_p": {"top_p": 0.8},
     "min_p": {"min_p": 0.1},
-    "all filters": {"top_k": 12, "top_p": 0.9, "min_p": 0.08, "temperature": 1.4},
+    "top_n_sigma": {"top_n_sigma": 1.2},
+    "typical_p": {"typical_p": 0.6},
+    "xtc": {"xtc_probability": 0.4, "xtc_threshold": 0.05},
+    "all filters": {
+        "temperature": 1.4,
+        "top_n_sigma": 2.5,
+        "top_k": 20,
+        "typical_p": 0.95,
+        "top_p": 0.9,
+        "min_p": 0.08,
+        "xtc_probability": 0.6,
+        "xtc_threshold": 0.1,
+    },
+    "temperature last": {"temperature": 2.0, "temperature_last": True, "top_p": 0.7},
     "edits": {
         "bias": {3: 2.0, 5: -math.inf},
         "repetition_penalty": 1.4,
@@ -120,22 +136,39 @@ EXACT_DISTRIBUTIONS = {
 def exact_distribution(row, values):
     """Probabilities in float64, by the formulas in the order of the module's docstring."""
     x = edit_row(row.clone(), 0, 0, one_slot(row.shape[0], **values)).double()
-    x = x / values["temperature"]
-    order = x.argsort(descending=True, stable=True)
+    last = values.get("temperature_last", False)
+    measured = x if last else x / values["temperature"]
+    order = measured.argsort(descending=True, stable=True)
+    order = order[x[order].isfinite()]
+    lowest = x.max() - values.get("top_n_sigma", math.inf) * x[order].std(correction=0)
+    order = order[x[order] >= lowest]
     order = order[: values.get("top_k") or len(order)]
-    p = x[order].softmax(0)
+    p = measured[order].softmax(0)
+    surprise = -p.log()
+    distance = (surprise - (p * surprise).sum()).abs()
+    nearest = distance.argsort(stable=True)
+    typical = nearest[p[nearest].cumsum(0) - p[nearest] < values.get("typical_p", 1.0)]
+    order = order[typical.sort().values]
+    p = measured[order].softmax(0)
     order = order[p.cumsum(0) - p < values.get("top_p", 1.0)]
-    p = x[order].softmax(0)
-    kept = order[p >= values.get("min_p", 0.0) * p.max()]
-    return torch.zeros_like(x).index_put_((kept,), x[kept].softmax(0))
+    p = measured[order].softmax(0)
+    order = order[p >= values.get("min_p", 0.0) * p.max()]
+    drawn = x / values["temperature"]
+    whole = torch.zeros_like(x).index_put_((order,), drawn[order].softmax(0))
+    coin = values.get("xtc_probability", 0.0)
+    top = int((measured[order].softmax(0) >= values.get("xtc_threshold", 1.0)).sum())
+    rest = order[max(0, top - 1) :]
+    shortened = torch.zeros_like(x).index_put_((rest,), drawn[rest].softmax(0))
+    return (1 - coin) * whole + coin * shortened
 
 
 @pytest.mark.parametrize("name", EXACT_DISTRIBUTIONS)
 def test_draws_follow_the_exact_distribution(name):
     values = {"temperature": 1.0, "seed": 2024} | EXACT_DISTRIBUTIONS[name]
     row = torch.randn(32, generator=torch.Generator().manual_seed(1)) * 1.5
-    expected = exact_distribution(row, values) * DRAWS
-    observed = torch.bincount(draw_many(sample_cpu, row, **values), minlength=32)
+    draws = DRAWS // 4 if RARE & set(values) else DRAWS
+    expected = exact_distribution(row, values) * draws
+    observed = torch.bincount(draw_many(sample_cpu, row, draws, **values), minlength=32)
     possible = expected > 0
     assert not observed[~possible].any()
     assert possible.sum() > 1
@@ -155,29 +188,85 @@ def test_rare_tokens_come_as_often_as_they_should():
 @pytest.mark.parametrize("seed", range(3))
 def test_kept_sets_are_those_of_transformers(seed):
     row = torch.randn(1, 2000, generator=torch.Generator().manual_seed(seed)) * 2.5
-    none = torch.tensor(0.0)
     for top_k in (1, 7, 300, 2000):
-        assert_kept(TopKLogitsWarper(top_k), row, kept_tokens(row[0], top_k, 1.0, none))
-    for top_p in (0.05, 0.5, 0.9, 0.999):
-        top_p = float(torch.tensor(top_p))
-        assert_kept(TopPLogitsWarper(top_p), row, kept_tokens(row[0], 0, top_p, none))
+        assert_kept(TopKLogitsWarper(top_k), row, Filters(top_k=top_k))
+    for mass in (0.05, 0.5, 0.9, 0.999):
+        mass = float(torch.tensor(mass))
+        assert_kept(TopPLogitsWarper(mass), row, Filters(top_p=mass))
+        assert_kept(TypicalLogitsWarper(mass), row, Filters(typical_p=mass))
     for min_p in (0.001, 0.05, 0.9, 1.0):
-        kept = kept_tokens(row[0], 0, 1.0, torch.tensor(min_p))
-        assert_kept(MinPLogitsWarper(min_p), row, kept)
-    both = TopPLogitsWarper(0.8)(None, TopKLogitsWarper(40)(None, row))
-    assert_kept(lambda _, x: x, both, kept_tokens(row[0], 40, 0.8, none))
+        assert_kept(MinPLogitsWarper(min_p), row, Filters(min_p=min_p))
+    chain = (TopKLogitsWarper(40), TypicalLogitsWarper(0.9), TopPLogitsWarper(0.8))
+    filters = Filters(top_k=40, typical_p=0.9, top_p=0.8)
+    assert_kept(lambda _, x: chain[2](None, chain[1](None, chain[0](None, x))), row, filters)
 
 
-def assert_kept(warper, row, kept):
+def assert_kept(warper, row, filters):
     theirs = warper(None, row.clone())[0].isfinite().nonzero().squeeze(1)
-    assert torch.equal(kept.sort().values, theirs)
+    assert torch.equal(kept_tokens(row[0], filters).sort().values, theirs)
+
+
+def llama_cpp_top_n_sigma(logits, n):
+    """llama_sampler_top_n_sigma_apply: logits more than n deviations below the best are dropped."""
+    valid = logits[logits > -np.inf]
+    deviation = np.sqrt(((valid - valid.mean()) ** 2).mean())
+    return np.flatnonzero((logits >= valid.max() - n * deviation) & (logits > -np.inf))
+
+
+def llama_cpp_xtc(logits, threshold):
+    """llama_sampler_xtc_apply, once the dice have said yes; without the check for min_keep."""
+    order = np.argsort(-logits, kind="stable")
+    p = np.exp(logits[order] - logits.max())
+    p /= p.sum()
+    last = 0
+    for i in range(len(p)):
+        if p[i] < threshold:
+            break
+        last = i
+    return np.sort(order[last:] if threshold <= 0.5 else order)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_kept_sets_are_those_of_llama_cpp(seed):
+    row = torch.randn(2000, generator=torch.Generator().manual_seed(seed)) * 2.5
+    masked = row.masked_fill(torch.arange(2000) % 3 == 0, -math.inf)
+    for n in (0.01, 0.5, 1.0, 2.0, 5.0):
+        for logits in (row, masked):
+            kept = kept_tokens(logits, Filters(top_n_sigma=n)).sort().values
+            assert np.array_equal(kept, llama_cpp_top_n_sigma(logits.double().numpy(), n))
+    for threshold in (0.001, 0.01, 0.05, 0.1, 0.3, 0.5, 0.7):
+        kept = kept_tokens(row, Filters(xtc_threshold=threshold)).sort().values
+        assert np.array_equal(kept, llama_cpp_xtc(row.double().numpy(), threshold))
+
+
+@SAMPLERS
+def test_temperature_last_measures_the_filters_without_it(sample):
+    row = torch.tensor([2.0, 1.0, 0.0, -1.0])  # p = 0.64, 0.24, 0.09, 0.03
+    hot = {"temperature": 50.0, "top_p": 0.8}
+    assert set(draw_many(sample, row, 200, **hot).tolist()) == {0, 1, 2, 3}
+    assert set(draw_many(sample, row, 200, **hot, temperature_last=True).tolist()) == {0, 1}
+    assert sample_row(sample, row, temperature=0.0, temperature_last=True) == (0, True)
+
+
+def test_xtc_falls_as_often_as_asked_and_by_seed_and_position_alone():
+    seeds, positions = torch.zeros(DRAWS, dtype=torch.int64), torch.arange(DRAWS)
+    coins = xtc_coins(seeds, positions)
+    assert scipy.stats.kstest(coins.numpy(), "uniform").pvalue > 1e-3
+    assert torch.equal(coins[100:103], xtc_coins(seeds[:3], positions[100:103]))
+    assert not torch.equal(coins, xtc_coins(seeds + 1, positions))
+    row = torch.tensor([3.0, 2.9, 0.0])
+    never = draw_many(sample_cpu, row, 200, temperature=1.0, xtc_probability=0.0)
+    always = draw_many(sample_cpu, row, 200, temperature=1.0, xtc_probability=1.0)
+    assert 0 in never and 0 not in always and 1 in always
 
 
 @SAMPLERS
 def test_of_tied_tokens_the_lowest_ids_are_kept(sample):
     flat = torch.zeros(300)
-    assert kept_tokens(flat, 50, 1.0, torch.tensor(0.0)).tolist() == list(range(50))
-    assert kept_tokens(flat, 0, 0.1, torch.tensor(0.0)).tolist() == list(range(30))
+    assert kept_tokens(flat, Filters(top_k=50)).tolist() == list(range(50))
+    assert kept_tokens(flat, Filters(top_p=0.1)).tolist() == list(range(30))
+    assert kept_tokens(flat, Filters(typical_p=0.1)).tolist() == list(range(300))
+    assert kept_tokens(flat, Filters(xtc_threshold=0.001)).tolist() == [299]
     assert set(draw_many(sample, flat, 400, temperature=1.0, top_k=3).tolist()) == {0, 1, 2}
     four = torch.zeros(4)  # two of them weigh exactly a half: the third is not needed
     assert set(draw_many(sample, four, 400, temperature=1.0, top_p=0.5).tolist()) == {0, 1}
@@ -236,10 +325,16 @@ def test_a_banned_nan_or_infinity_still_fails_the_row(sample, values):
 def test_filters_at_their_limits(sample):
     row = torch.randn(3000, generator=torch.Generator().manual_seed(4))
     best = (int(row.argmax()), True)
-    for values in ({"top_p": 1e-9}, {"top_k": 1}, {"min_p": 1.0}, {"temperature": 1e-6}):
+    for values in (
+        {"top_p": 1e-9},
+        {"top_k": 1},
+        {"min_p": 1.0},
+        {"top_n_sigma": 1e-9},
+        {"temperature": 1e-6},
+    ):
         assert sample_row(sample, row, **({"temperature": 2.0, "seed": 8} | values)) == best
     free = sample_row(sample, row, temperature=2.0, seed=8)
-    for values in ({"top_k": 3000}, {"top_k": 10**9}, {"min_p": 1e-30}):
+    for values in ({"top_k": 3000}, {"top_k": 10**9}, {"min_p": 1e-30}, {"top_n_sigma": 99.0}):
         assert sample_row(sample, row, temperature=2.0, seed=8, **values) == free
     huge = sample_row(sample, row * 1e35, temperature=1e-4, top_k=5)  # overflows to +inf
     assert huge[1]

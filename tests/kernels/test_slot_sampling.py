@@ -7,10 +7,7 @@ import torch
 
 from millrace.kernels.slot_sampling import MAX_STOP_IDS, NO_ID, SlotSampling, SlotValues
 
-SCALARS = (
-    *("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty"),
-    *("frequency_penalty", "seed", "min_position", "has_bias", "has_penalties"),
-)
+FIELDS = ("scalars", "filter_kind", "seed", "min_position", "has_bias", "has_penalties", "stop_ids")
 
 
 @pytest.mark.parametrize(
@@ -19,7 +16,11 @@ SCALARS = (
         *(("temperature", bad) for bad in (-0.1, math.nan, math.inf)),
         ("top_k", -1),
         *(("top_p", bad) for bad in (0.0, 1.01, math.nan)),
+        *(("typical_p", bad) for bad in (0.0, 1.01, math.nan)),
         *(("min_p", bad) for bad in (-0.1, 1.01, math.nan)),
+        *(("top_n_sigma", bad) for bad in (-0.1, math.inf, math.nan)),
+        *(("xtc_probability", bad) for bad in (-0.1, 1.01, math.nan)),
+        *(("xtc_threshold", bad) for bad in (-0.1, 1.01, math.nan)),
         *(("repetition_penalty", bad) for bad in (0.0, -1.0, math.nan, math.inf)),
         *(("presence_penalty", bad) for bad in (math.nan, math.inf)),
         *(("frequency_penalty", bad) for bad in (math.nan, -math.inf)),
@@ -50,9 +51,14 @@ def test_ids_outside_the_vocabulary_are_refused_and_nothing_is_written(name, tok
 def test_a_slot_written_again_keeps_nothing_of_the_last_request():
     busy = SlotValues(
         temperature=0.5,
+        temperature_last=True,
+        top_n_sigma=2.0,
         top_k=3,
+        typical_p=0.8,
         top_p=0.5,
         min_p=0.1,
+        xtc_probability=0.5,
+        xtc_threshold=0.2,
         repetition_penalty=1.5,
         presence_penalty=0.5,
         frequency_penalty=0.5,
@@ -69,15 +75,24 @@ def test_a_slot_written_again_keeps_nothing_of_the_last_request():
     assert params.output_counts[1].tolist() == [0, 0, 0, 2, 0, 0, 0, 0, 0, 0]
     assert params.bias[1, [3, 4, 5]].tolist() == [-math.inf, 1.0, 0.0]
     params.write(1, SlotValues())
-    for name in SCALARS:
+    for name in FIELDS:
         assert torch.equal(getattr(params, name), getattr(fresh, name)), name
-    assert torch.equal(params.stop_ids, fresh.stop_ids)
     # Rows over the vocabulary are stale but unread; the next request that reads them starts anew.
     params.write(1, SlotValues(bias={0: 2.0}, presence_penalty=1.0, prompt_ids=[8]))
     assert params.bias[1].tolist() == [2.0] + [0.0] * 9
     assert params.prompt_seen[1].nonzero().tolist() == [[8]]
     assert not params.output_counts[1].any()
     assert torch.equal(params.bias[0], fresh.bias[0])
+
+
+def test_scalars_go_by_their_names():
+    params = SlotSampling.zeros(2, 10)
+    params.write(1, SlotValues(temperature=0.5, top_k=30, xtc_threshold=0.25, min_p=0.125))
+    assert params.temperature.tolist() == [0.0, 0.5]
+    assert params.top_k.tolist() == [0, 10]  # all there are
+    assert params.min_p.tolist() == [0.0, 0.125]
+    assert params.xtc_threshold[1] == 0.25
+    assert params.top_p.tolist() == [1.0, 1.0]
 
 
 def test_seeds_are_taken_modulo_two_to_the_64():

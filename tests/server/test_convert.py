@@ -248,6 +248,15 @@ def test_a_zero_that_was_sent_is_not_an_unset_field() -> None:
     assert (got.max_tokens, got.logprobs, got.prompt_logprobs) == (0, 0, None)
 
 
+def test_logprobs_are_raw_unless_asked_otherwise() -> None:
+    modes = {"UNSPECIFIED": "raw", "RAW": "raw", "PROCESSED": "processed"}
+    for name, mode in modes.items():
+        asked = pb.ResponseOptions(logprobs_mode=f"LOGPROBS_MODE_{name}")  # type: ignore[arg-type]
+        assert params(response=asked).logprobs_mode == mode
+    with pytest.raises(InvalidRequest, match="logprobs_mode"):
+        params(response=pb.ResponseOptions(logprobs_mode=9))  # type: ignore[arg-type]
+
+
 def test_prompts_keep_their_kind() -> None:
     ids = pb.Prompt(token_ids=pb.TokenIds(ids=[1, 2**32 - 1]))
     assert convert.to_prompt(ids) == TokenPrompt([1, 2**32 - 1])

@@ -7,6 +7,8 @@ SAMPLED = [
     {"temperature": 1.0},
     {"temperature": 0.7, "top_p": 0.9},
     {"temperature": 1.3, "top_k": 20, "min_p": 0.02},
+    {"temperature": 1.1, "top_n_sigma": 2.0, "typical_p": 0.9, "temperature_last": True},
+    {"temperature": 1.0, "min_p": 0.01, "xtc_probability": 0.7, "xtc_threshold": 0.02},
     {"temperature": 0.9, "repetition_penalty": 1.3, "frequency_penalty": 0.4},
     {"temperature": 1.0, "presence_penalty": 1.5, "logit_bias": {5: 3.0, 9: -100.0}},
     {"temperature": 1.0, "allowed_token_ids": [2, 10, 20, 30, 40, 50]},

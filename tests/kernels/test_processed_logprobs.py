@@ -1,0 +1,87 @@
+"""Processed logprobs: of the distribution that the draw takes its tokens from."""
+
+import math
+
+import pytest
+import torch
+
+from millrace.kernels.processed_logprobs import (
+    processed_logprobs_cpu,
+    processed_logprobs_reference,
+)
+from millrace.kernels.sampling import SampledTokens, SlotSampling, SlotValues, sample_reference
+
+SCORERS = pytest.mark.parametrize(
+    "score", [processed_logprobs_reference, processed_logprobs_cpu], ids=["reference", "cpu"]
+)
+FIELDS = ("logprobs", "ranks", "top_ids", "top_logprobs")
+
+
+def score_row(score, row, token_id, num_top=4, **values):
+    params = SlotSampling.zeros(1, row.shape[0])
+    params.write(0, SlotValues(**values))
+    zero, ids = torch.zeros(1, dtype=torch.int64), torch.tensor([token_id])
+    sampled = SampledTokens(ids, torch.ones(1, dtype=torch.bool))
+    return score(row.unsqueeze(0), zero, zero, params, sampled, num_top)
+
+
+@SCORERS
+def test_dropped_tokens_count_for_nothing(score):
+    row = torch.tensor([3.0, 1.0, 2.0, 0.0, -math.inf])
+    scored = score_row(score, row, 2, temperature=2.0, top_k=2)
+    expected = torch.tensor([1.5, 1.0]).log_softmax(0)
+    torch.testing.assert_close(scored.logprobs, expected[1:], rtol=0, atol=1e-6)
+    assert scored.ranks.tolist() == [2]
+    assert scored.top_ids.tolist() == [[0, 2, 1, 3]]
+    torch.testing.assert_close(scored.top_logprobs[0, :2], expected, rtol=0, atol=1e-6)
+    assert scored.top_logprobs[0, 2:].tolist() == [-math.inf, -math.inf]
+
+
+@SCORERS
+def test_edits_count_and_a_greedy_row_has_no_temperature(score):
+    row = torch.tensor([3.0, 1.0, 2.0])
+    scored = score_row(score, row, 1, 1, bias={0: -math.inf, 1: 0.5}, top_k=1)
+    expected = torch.tensor([1.5, 2.0]).log_softmax(0)
+    torch.testing.assert_close(scored.logprobs, expected[:1], rtol=0, atol=1e-6)
+    assert scored.top_ids.tolist() == [[2]]
+
+
+@SCORERS
+def test_temperature_last_scales_what_the_filters_left(score):
+    row = torch.tensor([2.0, 1.0, 0.0, -1.0])
+    values = {"temperature": 50.0, "top_p": 0.8, "temperature_last": True}
+    scored = score_row(score, row, 0, 2, **values)
+    expected = (torch.tensor([2.0, 1.0]) / 50).log_softmax(0)
+    torch.testing.assert_close(scored.top_logprobs[0], expected, rtol=0, atol=1e-6)
+
+
+@SCORERS
+@pytest.mark.parametrize("seed", [0, 1])
+def test_drawn_tokens_have_a_logprob_and_survivors_sum_to_one(sampling_case, score, seed):
+    case = sampling_case(60, seed)
+    inputs = (case.logits, case.slots, case.positions, case.params)
+    sampled = sample_reference(*inputs)
+    scored = score(*inputs, sampled, 60)
+    assert scored.logprobs.isfinite().all()
+    assert (scored.ranks >= 1).all()
+    sums = scored.top_logprobs.exp().sum(1)
+    torch.testing.assert_close(sums, torch.ones(10), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("vocab", [33, 777, 4100])
+def test_cpu_gives_what_the_reference_gives(sampling_case, vocab):
+    case = sampling_case(vocab, vocab)
+    inputs = (case.logits, case.slots, case.positions, case.params)
+    sampled = sample_reference(*inputs)
+    one, other = (
+        f(*inputs, sampled, 5) for f in (processed_logprobs_cpu, processed_logprobs_reference)
+    )
+    for field in FIELDS:
+        assert torch.equal(getattr(one, field), getattr(other, field)), field
+
+
+@SCORERS
+@pytest.mark.parametrize("odd", [math.nan, math.inf])
+def test_rows_without_a_distribution_have_nan(score, odd):
+    row = torch.tensor([1.0, odd, 2.0])
+    assert score_row(score, row, 0, 0, temperature=1.0, top_p=0.5).logprobs.isnan().all()
