@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from collections.abc import AsyncIterator, Iterable, Sequence
 from types import TracebackType
@@ -88,17 +89,22 @@ class AsyncConnection:
     def __init__(self, inference: InferenceStub) -> None:
         self._ids = itertools.count()
         self._call = inference.Connect()
+        self._writing = asyncio.Lock()  # a call takes one message at a time
 
     async def submit(self, prompt: str | Sequence[int], **options: Unpack[Options]) -> str:
         """Submit a request and return its id, which is made up where none is given."""
         request = generate_request(prompt, options)
         request.request_id = request.request_id or f"request-{next(self._ids)}"
-        await self._call.write(pb.ConnectRequest(submit=request))
+        await self._write(pb.ConnectRequest(submit=request))
         return request.request_id
 
     async def cancel(self, request_id: str) -> None:
         cancel = pb.CancelRequest(request_id=request_id)
-        await self._call.write(pb.ConnectRequest(cancel=cancel))
+        await self._write(pb.ConnectRequest(cancel=cancel))
+
+    async def _write(self, message: pb.ConnectRequest) -> None:
+        async with self._writing:
+            await self._call.write(message)
 
     async def done(self) -> None:
         """Say that no more requests will come: the results end with those that are live."""

@@ -96,8 +96,7 @@ def run(plan: Plan, config: EngineConfig, target: str | None, json_file: Path | 
         server = None if target is not None else stack.enter_context(_start_server(config))
         peers = {name: stack.enter_context(_start_peer(name, plan, config)) for name in plan.peers}
         bench = Bench(plan, target or (server.target if server else ""), server)
-        levels, peer_rates = asyncio.run(bench.measure(peers))
-        options = asyncio.run(bench.describe())
+        levels, peer_rates, options = asyncio.run(bench.measure(peers))
     Console().print(_table(levels))
     result = _result(levels, peer_rates)
     for line in _findings(result):
@@ -116,17 +115,10 @@ class Bench:
         self._target = target
         self._server = server
 
-    async def describe(self) -> dict[str, Any]:
-        """What the server says of itself."""
-        async with grpc.aio.insecure_channel(self._target) as channel:
-            model = await InferenceStub(channel).GetModel(pb.GetModelRequest())  # type: ignore[no-untyped-call]
-        names = ("name", "dtype", "device", "backend", "kv_blocks", "max_running")
-        return {name: getattr(model, name) for name in names}
-
     async def measure(
         self, peers: Mapping[str, TransformersPeer]
-    ) -> tuple[list[Level], dict[str, list[float]]]:
-        """All repetitions; returns the levels, and each peer's tokens a second."""
+    ) -> tuple[list[Level], dict[str, list[float]], dict[str, Any]]:
+        """All repetitions; returns the levels, each peer's tokens a second, and the server."""
         plan = self._plan
         levels = [Level(streams) for streams in plan.levels]
         peer_rates: dict[str, list[float]] = {name: [] for name in peers}
@@ -147,7 +139,7 @@ class Bench:
                         rate = await asyncio.to_thread(peers[turn].measure, plan.seed, repeat)
                         _say(f"{turn}, {PEER_STREAMS} streams: {rate:.1f} tokens/s")
                         peer_rates[turn].append(rate)
-        return levels, peer_rates
+        return levels, peer_rates, _describe(model)
 
     async def _measure_level(
         self, inference: InferenceStub, vocab_size: int, level: Level, repeat: int
@@ -255,6 +247,12 @@ def _findings(result: dict[str, Any]) -> list[str]:
         ratio = peer["ratio"]
         lines.append(line + (f"; Millrace is {ratio:.2f} x as fast" if ratio is not None else ""))
     return lines
+
+
+def _describe(model: pb.GetModelResponse) -> dict[str, Any]:
+    """What the server says of itself."""
+    names = ("name", "dtype", "device", "backend", "kv_blocks", "max_running")
+    return {name: getattr(model, name) for name in names}
 
 
 def _table(levels: list[Level]) -> Table:

@@ -55,6 +55,7 @@ class ConnectSender:
     def __init__(self, inference: InferenceStub) -> None:
         self._call = inference.Connect()
         self._live: dict[str, tuple[Record, asyncio.Event]] = {}
+        self._writing = asyncio.Lock()  # a call takes one message at a time
         self._reading = asyncio.create_task(self._read())
 
     async def send(self, request: pb.GenerateRequest, record: Record) -> None:
@@ -63,7 +64,8 @@ class ConnectSender:
         record.sent_s = time.perf_counter()
         # A broken stream is the reader's to report, for all that are live.
         with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
-            await self._call.write(pb.ConnectRequest(submit=request))
+            async with self._writing:
+                await self._call.write(pb.ConnectRequest(submit=request))
         if self._reading.done():
             self._end(request.request_id, "UNAVAILABLE", "the stream has ended")
         await ended.wait()

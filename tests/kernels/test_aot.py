@@ -1,6 +1,7 @@
 """Every kernel compiles for GPUs that are not here, spills no register and fits the memory."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -25,6 +26,13 @@ def test_a_kernel_compiles_without_spills(spec, target):
 
 def test_names_are_unique():
     assert len({spec.name for spec in SPECS}) == len(SPECS)
+
+
+def test_the_page_on_kernels_has_a_row_for_each():
+    page = (Path(__file__).parents[2] / "docs" / "kernels.md").read_text(encoding="utf-8")
+    table = page.partition("## What the compilers make of them")[2]
+    rows = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| ")]
+    assert rows[1:] == [spec.name for spec in SPECS]
 
 
 def test_the_count_notices_a_tile_too_large_for_its_registers():

@@ -85,6 +85,11 @@ class Script(InferenceServicer):
         yield pb.GenerateResponse(request_id=request.request_id, summary=summary)
 
 
+@pytest.fixture(autouse=True)
+def _one_event_loop(one_event_loop):
+    """For every test here."""
+
+
 @pytest.fixture
 def script():
     """The class of scripts."""

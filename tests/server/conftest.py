@@ -84,8 +84,7 @@ class LiveServer:
         self.channel.close()
         self.call(self.server.close(0.2))
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        self._thread.join()  # the loop stays open: see one_event_loop in tests/conftest.py
 
     def wait_idle(self, within_s: float = 5.0) -> None:
         """Return once the core runs nothing; fails if that takes longer."""
@@ -102,6 +101,11 @@ def wait_until(true: Callable[[], bool], within_s: float = 5.0) -> None:
     while not true():
         assert time.monotonic() < end_s, f"not within {within_s} s"
         time.sleep(0.01)
+
+
+@pytest.fixture(autouse=True)
+def _one_event_loop(one_event_loop: None) -> None:
+    """For every test here."""
 
 
 @pytest.fixture(scope="session")
