@@ -41,18 +41,16 @@ class Admission:
         self._interval_s = FIRST_GUESS_S  # smoothed time between two ends
         self._last_end_s: float | None = None
 
-    def decide(
-        self, request: Request, blocks: int, pool_blocks: int, waiting: int, waiting_tokens: int
-    ) -> Decision:
-        """`blocks`: what the request needs at its longest; the rest describes pool and queue."""
+    def decide(self, request: Request, longest: int, waiting: int, waiting_tokens: int) -> Decision:
+        """`longest`: prompt and output tokens that one request may have; the rest is the queue."""
         prompt_tokens = len(request.prompt)
         if prompt_tokens == 0:
             return Refused("the prompt is empty", "prompt", "at least 1 token")
         if request.max_tokens < 1:
             return Refused(f"max_tokens is {request.max_tokens}", "max_tokens", "at least 1")
-        if blocks > pool_blocks:
-            reason = f"needs {blocks} KV blocks at its longest, the cache has {pool_blocks}"
-            return Refused(reason, "max_tokens", f"at most {pool_blocks} KV blocks")
+        if request.max_length > longest:
+            reason = f"prompt and output may be {request.max_length} tokens, more than ever fit"
+            return Refused(reason, "max_tokens", f"at most {longest} tokens of prompt and output")
         if prompt_tokens > self._max_waiting_tokens:
             reason = f"the prompt has {prompt_tokens} tokens, more than the queue ever holds"
             return Refused(reason, "prompt", f"at most {self._max_waiting_tokens} tokens")

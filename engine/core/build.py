@@ -58,7 +58,7 @@ def build_core(
     )
     num_blocks = kv_blocks(config, model, placement.dtype, placement.device)
     runner = _build_runner(config, model, decoder, placement, num_blocks, max_context)
-    core = EngineCore(Scheduler(_limits(config, num_blocks)), runner, run_ahead)
+    core = EngineCore(Scheduler(_limits(config, num_blocks, max_context)), runner, run_ahead)
     ready = Ready(
         model=config.served_name or location.name,
         architecture=model.architecture,
@@ -120,7 +120,7 @@ def _build_runner(
     return Runner(decoder, placement.operations, kv, table)
 
 
-def _limits(config: EngineConfig, num_blocks: int) -> Limits:
+def _limits(config: EngineConfig, num_blocks: int, max_context: int) -> Limits:
     return Limits(
         num_blocks=num_blocks,
         block_size=config.block_size,
@@ -128,5 +128,6 @@ def _limits(config: EngineConfig, num_blocks: int) -> Limits:
         max_step_tokens=config.max_step_tokens,
         max_waiting=config.max_waiting,
         max_waiting_tokens=config.max_waiting_tokens,
+        max_context=max_context,
         prefix_caching=config.prefix_caching,
     )

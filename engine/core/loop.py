@@ -44,6 +44,7 @@ class EngineCore:
         self._runner = runner
         self._run_ahead = run_ahead
         self._launched: deque[LaunchedStep] = deque()
+        self._requests: dict[int, Request] = {}  # accepted, and their end not published yet
         self._deltas: dict[int, Delta] = {}  # by request, since the last publication
         self._answers: list[FromCore] = []
         self._num_scored: dict[int, int] = {}  # request -> prompt positions reported
@@ -102,12 +103,14 @@ class EngineCore:
         result, logprobs = launched.result(), launched.logprobs()
         for slot, (start, scored) in launched.prompt_logprobs.items():
             self._report_prompt(self.scheduler.request_at(slot), start, scored)
-        slot_of = {id(self.scheduler.request_at(slot)): slot for slot in logprobs}
-        for request, token in self.scheduler.apply(result, time.monotonic()):
-            delta = self._delta(request)
+        scores = {self.scheduler.request_at(slot).id: logprobs[slot] for slot in logprobs}
+        drawn = self.scheduler.apply(result, time.monotonic())
+        columns = (drawn.request_ids.tolist(), drawn.token_ids.tolist())
+        for request_id, token in zip(*columns, strict=True):
+            delta = self._delta(self._requests[request_id])
             delta.token_ids.append(token)
-            if id(request) in slot_of:
-                delta.logprobs = [*(delta.logprobs or ()), logprobs[slot_of[id(request)]]]
+            if request_id in scores:
+                delta.logprobs = [*(delta.logprobs or ()), scores[request_id]]
 
     def _report_prompt(self, request: Request, start: int, scored: list[TokenLogprobs]) -> None:
         """Prompt logprobs, once each: a preempted request computes its prompt again."""
@@ -141,6 +144,8 @@ class EngineCore:
                 limit=decision.limit,
                 retry_after_s=decision.retry_after_s,
             )
+        else:
+            self._requests[message.id] = request
 
     def _delta(self, request: Request) -> Delta:
         delta = self._deltas.get(request.id)
@@ -158,6 +163,7 @@ class EngineCore:
             delta.stop_token_id = request.stop_token
             delta.error = request.error
             self._num_scored.pop(request.id, None)
+            del self._requests[request.id]
         output: list[FromCore] = [
             *self._answers,
             StepOutput(list(self._deltas.values()), self._stats),

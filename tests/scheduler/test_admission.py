@@ -12,21 +12,23 @@ from millrace.scheduler.admission import (
 )
 from millrace.scheduler.request import Request
 
+LONGEST = 30  # tokens of prompt and output
 
-def decide(admission, prompt=4, max_tokens=1, blocks=1, waiting=0, waiting_tokens=0):
+
+def decide(admission, prompt=4, max_tokens=1, waiting=0, waiting_tokens=0):
     request = Request(id=0, prompt=np.zeros(prompt, np.int32), max_tokens=max_tokens)
-    return admission.decide(request, blocks, 10, waiting, waiting_tokens)
+    return admission.decide(request, LONGEST, waiting, waiting_tokens)
 
 
 def test_what_fits_is_accepted_up_to_the_limits_themselves():
     admission = Admission(max_waiting=3, max_waiting_tokens=20)
-    assert decide(admission, blocks=10, waiting=2, waiting_tokens=16) == Accepted()
+    assert decide(admission, max_tokens=LONGEST - 4, waiting=2, waiting_tokens=16) == Accepted()
 
 
 @pytest.mark.parametrize(
     ("case", "field"),
     [
-        ({"blocks": 11}, "max_tokens"),
+        ({"max_tokens": LONGEST - 3}, "max_tokens"),
         ({"prompt": 0}, "prompt"),
         ({"prompt": 21}, "prompt"),
         ({"max_tokens": 0}, "max_tokens"),

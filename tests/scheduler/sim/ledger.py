@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from millrace.scheduler.admission import Accepted, Decision
+from millrace.scheduler.plan import Drawn
 from millrace.scheduler.request import Finish, Request
 from millrace.scheduler.scheduler import Scheduler
 from tests.scheduler.sim.script import expected
@@ -27,13 +28,15 @@ class Ledger:
             self.got[request.id] = []
         else:
             assert decision.reason and decision.field and decision.limit, "refused without a reason"
-            assert request.slot < 0 and not request.blocks, "a refused request was given something"
+            assert request.slot < 0, "a refused request was given something"
             self.refused += 1
 
-    def drawn(self, tokens: list[tuple[Request, int]]) -> None:
-        for request, token in tokens:
-            assert request.id not in self.ended, f"request {request.id}: a token after its end"
-            self.got[request.id].append(token)
+    def drawn(self, drawn: Drawn) -> None:
+        for request_id, token in zip(
+            drawn.request_ids.tolist(), drawn.token_ids.tolist(), strict=True
+        ):
+            assert request_id not in self.ended, f"request {request_id}: a token after its end"
+            self.got[request_id].append(token)
 
     def close(self, request: Request, now_s: float) -> None:
         """The request has ended: was it time, and was it given what it should have?"""

@@ -22,6 +22,7 @@ class Scenario:
     max_prompt: int
     max_tokens: int
     prefixes: list[list[int]]  # prompts begin like one of these
+    tenants: list[str]
     # Chances, by request:
     deadline: float
     sibling: float  # has the request before it for a leader
@@ -56,6 +57,7 @@ def draw_scenario(rng: Random, max_requests: int) -> Scenario:
         max_prompt=max_prompt,
         max_tokens=max_tokens,
         prefixes=[_tokens(rng, rng.randint(1, max_prompt)) for _ in range(2)],
+        tenants=rng.choice([[""], ["a", "b"]]),
         deadline=rng.choice([0.0, 0.2]),
         sibling=rng.choice([0.0, 0.3]),
         stop=rng.choice([0.0, 0.5]),
@@ -84,6 +86,7 @@ def draw_request(rng: Random, scenario: Scenario, request_id: int, now_s: float)
         max_tokens=max_tokens,
         payload=script,
         deadline_s=now_s + rng.randint(0, 30) if rng.random() < scenario.deadline else None,
+        tenant=rng.choice(scenario.tenants),
         leader=request_id - 1 if rng.random() < scenario.sibling else None,
         read_cache=rng.random() < 0.9,
     )

@@ -79,7 +79,7 @@ class World:
         result = self.in_flight.popleft()
         self.runner.land(result.step)
         drawn = self.scheduler.apply(result, self.now_s)
-        self.trace.append(tuple((request.id, token) for request, token in drawn))
+        self.trace.append((*drawn.request_ids.tolist(), *drawn.token_ids.tolist()))
         self.ledger.drawn(drawn)
         self._settle()
 
@@ -137,7 +137,8 @@ class World:
         ledger.check_hit_counters(scheduler)
         for request in ledger.submitted:
             tokens = request.prompt.tolist() + expected(request)[0]
-            blocks = scheduler.cache.match(np.asarray(tokens, np.int32))
+            known = np.asarray(tokens, np.int32)
+            blocks = scheduler.cache.match(known, request.tenant).tolist()
             assert self.runner.holds(tokens, blocks), f"wrong KV is cached for {tokens}"
         assert scheduler.pool.flush() <= self.scenario.limits.num_blocks
         assert len(scheduler.cache) == 0, "an idle cached block could not be evicted"
