@@ -45,10 +45,13 @@ class Request:
     payload: object = None
     deadline_s: float | None = None  # monotonic time at which it ends
     leader: int | None = None  # sibling whose prompt KV this one waits for and shares
+    arrived_s: float = 0.0
+    priority: int = 0  # class; 0 is the most urgent
     tenant: str = ""  # whose request it is: tenants share no cached prefixes
+    weight: float = 1.0  # of the tenant, > 0: its share compared with others'
     read_cache: bool = True  # False: compute every prompt position (their logits are wanted)
 
-    arrival: int = NEVER  # order of submission, and FCFS rank
+    arrival: int = NEVER  # order of submission
     outputs: list[int] = field(default_factory=list)  # as of when it last left its slot
     slot: int = NO_SLOT
     num_computed: int = 0  # kept while it prefills; a decoding slot's count is the slot table's

@@ -58,6 +58,7 @@ class Counters:
     """Running totals since the start."""
 
     preemptions: int = 0
+    shed: int = 0  # ended while waiting, since their deadline could no longer be met
     prefix_query_tokens: int = 0
     prefix_hit_tokens: int = 0
 
@@ -167,10 +168,13 @@ class Scheduler:
         return ended
 
     def expire(self, now_s: float) -> None:
-        """End every request whose deadline has passed."""
+        """End every request whose deadline has passed, or can't be met by starting now."""
         while (request := self._deadlines.head(limit=now_s)) is not None:
             did_end = self.finish(request.id, Finish.DEADLINE, now_s)
             assert did_end, "deadlines are those of live requests"
+        while (request := self.policy.hopeless(now_s)) is not None:
+            self.counters.shed += 1
+            self.finish(request.id, Finish.DEADLINE, now_s)
 
     def abandon(self, error: str, now_s: float = 0.0) -> None:
         """The launched steps are lost: end all that run, and trust no KV computed so far.
@@ -221,6 +225,7 @@ class Scheduler:
             self._fail(slots[is_live & ~result.ok], now_s)
             slots, token_ids, stopped = slots[has_token], token_ids[has_token], stopped[has_token]
         self._slots.append(slots, token_ids)
+        self.policy.drew(slots)
         drawn = Drawn(self._slots.ids[slots], token_ids)
         for row in stopped.nonzero()[0].tolist():
             stop_token = int(token_ids[row])
@@ -271,18 +276,24 @@ class Scheduler:
                 stalled.append(slot)
         decodes = self._slots.decodes  # without those that were preempted meanwhile
         plan.block_appends = [row for row in plan.block_appends if decodes[row[0]]]
-        return [slot for slot in stalled if decodes[slot]]
+        # The last to yield may have brought blocks enough for some that had stalled before.
+        return [slot for slot in stalled if decodes[slot] and not self._extend(plan, slot)]
 
     def _grow_one(self, plan: StepPlan, slot: int, num_stalled: int) -> bool:
         """Append a block to a decoding slot, preempting others for it; False: not in this step."""
-        while (block := self.pool.take(1)) is None:
+        while not self._extend(plan, slot):
             if self._coming_blocks > num_stalled:
                 return False  # enough is on its way back; preempting more would be in vain
             self._preempt(self.policy.victim(self._running()))
             if not self._slots.decodes[slot]:
                 return False  # it was the victim itself
-        plan.block_appends += self._slots.add_blocks(np.array([slot]), block)
         return True
+
+    def _extend(self, plan: StepPlan, slot: int) -> bool:
+        block = self.pool.take(1)
+        if block is not None:
+            plan.block_appends += self._slots.add_blocks(np.array([slot]), block)
+        return block is not None
 
     def _plan_chunk(self, plan: StepPlan, request: Request, budget: int) -> int:
         """The next part of a prompt, as far as the budget goes; returns its length."""
@@ -377,6 +388,7 @@ class Scheduler:
         if request.finish is None:
             self._keep_outputs(request)
         self.pool.give_back(self.blocks_of(request))
+        self.policy.left(request)
         self._released.append(request.slot)
         self._slots.vacate(request.slot)
         request.is_closing = False

@@ -129,6 +129,7 @@ class EngineCore:
             prompt=np.frombuffer(message.prompt, dtype="<i4").astype(np.int32),
             max_tokens=message.max_tokens,
             payload=message,
+            arrived_s=message.arrival_s,
             deadline_s=message.deadline_s,
             leader=message.leader,
             read_cache=message.params.prompt_logprobs is None,

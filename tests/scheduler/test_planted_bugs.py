@@ -14,8 +14,11 @@ from dataclasses import dataclass
 import pytest
 
 from millrace.scheduler.block_pool import BlockPool
-from millrace.scheduler.policy import FirstComeFirstServed
+from millrace.scheduler.deadline_first import EarliestDeadlineFirst
+from millrace.scheduler.fair_share import FairShare
+from millrace.scheduler.policy import FirstComeFirstServed, Ordered
 from millrace.scheduler.prefix_cache import PrefixCache
+from millrace.scheduler.priority import PriorityWithAging
 from millrace.scheduler.request_heap import RequestHeap
 from millrace.scheduler.scheduler import Scheduler
 from millrace.scheduler.slots import SlotTable
@@ -97,7 +100,7 @@ BUGS = {
     "coming blocks are ignored, and the whole batch is preempted": Bug(
         Scheduler, "_grow_one", {"self._coming_blocks > num_stalled": "False"}
     ),
-    "the oldest yields": Bug(FirstComeFirstServed, "victim", {"max(": "min("}),
+    "the oldest yields": Bug(Ordered, "victim", {"max(": "min("}),
     "new requests take what the preempted gave up": Bug(
         Scheduler, "schedule", {"if self.counters.preemptions == preemptions:": "if True:"}
     ),
@@ -130,7 +133,26 @@ BUGS = {
         Scheduler, "schedule", {"max_step_tokens - plan.num_decodes": "max_step_tokens"}
     ),
     "the last to come is served first": Bug(
-        FirstComeFirstServed, "push", {"request.arrival,": "-request.arrival,"}
+        FirstComeFirstServed, "key", {"return request.arrival": "return -request.arrival"}
+    ),
+    "a class waits no longer than the others": Bug(
+        PriorityWithAging, "key", {" + request.priority * self._aging_s": ""}
+    ),
+    "what is due last is first": Bug(
+        EarliestDeadlineFirst, "key", {"else request.deadline_s": "else -request.deadline_s"}
+    ),
+    "requests are shed that could still make it": Bug(
+        EarliestDeadlineFirst, "hopeless", {"now_s + self": "now_s + 2 * self"}
+    ),
+    "a tenant that begins to wait is not lifted": Bug(
+        FairShare, "push", {"max(tenant.counter, self._floor())": "tenant.counter - 1.0"}
+    ),
+    "the prompt is charged again after a preemption": Bug(
+        FairShare, "pop", {"if request.num_preemptions == 0:": "if True:"}
+    ),
+    "output is free": Bug(FairShare, "drew", {"self._price[slots]": "0"}),
+    "a tenant out of date in the order goes first": Bug(
+        FairShare, "_first", {"tenant.counter != counter": "False"}
     ),
     "the ended at the head of a queue are handed out": Bug(
         RequestHeap, "head", {"self._entries[0][2].finish is not None": "False"}

@@ -21,6 +21,7 @@ class Ledger:
     ended: dict[int, Finish] = field(default_factory=dict)
     cancelled: set[int] = field(default_factory=set)
     abandoned: set[int] = field(default_factory=set)
+    sheds_ahead_s: float = 0.0  # how long before its deadline a waiting request is hopeless
 
     def decided(self, request: Request, decision: Decision) -> None:
         if isinstance(decision, Accepted):
@@ -58,7 +59,10 @@ class Ledger:
         if request.finish is Finish.CANCELLED:
             return request.id in self.cancelled
         if request.finish is Finish.DEADLINE:
-            return request.deadline_s is not None and request.deadline_s <= now_s
+            due_s = request.deadline_s
+            is_shed = request.scheduled_s == 0.0 and self.sheds_ahead_s > 0.0
+            ahead_s = self.sheds_ahead_s if is_shed else 0.0
+            return due_s is not None and due_s - ahead_s <= now_s
         return request.finish is Finish.ERROR and request.id in self.abandoned
 
     def check_hit_counters(self, scheduler: Scheduler) -> None:

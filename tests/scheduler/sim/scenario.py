@@ -7,9 +7,29 @@ from random import Random
 
 import numpy as np
 
+from millrace.scheduler.deadline_first import EarliestDeadlineFirst
+from millrace.scheduler.fair_share import FairShare
+from millrace.scheduler.policy import FirstComeFirstServed, Policy
+from millrace.scheduler.priority import PriorityWithAging
 from millrace.scheduler.request import Request
 from millrace.scheduler.scheduler import Limits
 from tests.scheduler.sim.script import VOCAB, Script
+
+POLICIES = ["first_come", "first_come", "priority", "fair_share", "deadline"]
+AGING_S = 5.0
+TURNS_TO_FIRST_TOKEN = 2.0
+
+
+def make_policy(name: str, limits: Limits) -> Policy:
+    """A device's turn is a second, whatever it computes."""
+    match name:
+        case "priority":
+            return PriorityWithAging(AGING_S)
+        case "fair_share":
+            return FairShare(limits.max_running)
+        case "deadline":
+            return EarliestDeadlineFirst(lambda request: TURNS_TO_FIRST_TOKEN)
+    return FirstComeFirstServed()
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +43,7 @@ class Scenario:
     max_tokens: int
     prefixes: list[list[int]]  # prompts begin like one of these
     tenants: list[str]
+    policy: str
     # Chances, by request:
     deadline: float
     sibling: float  # has the request before it for a leader
@@ -57,6 +78,7 @@ def draw_scenario(rng: Random, max_requests: int) -> Scenario:
         max_prompt=max_prompt,
         max_tokens=max_tokens,
         prefixes=[_tokens(rng, rng.randint(1, max_prompt)) for _ in range(2)],
+        policy=rng.choice(POLICIES),
         tenants=rng.choice([[""], ["a", "b"]]),
         deadline=rng.choice([0.0, 0.2]),
         sibling=rng.choice([0.0, 0.3]),
@@ -86,7 +108,10 @@ def draw_request(rng: Random, scenario: Scenario, request_id: int, now_s: float)
         max_tokens=max_tokens,
         payload=script,
         deadline_s=now_s + rng.randint(0, 30) if rng.random() < scenario.deadline else None,
+        arrived_s=now_s,
+        priority=rng.randint(0, 2),
         tenant=rng.choice(scenario.tenants),
+        weight=rng.choice([1.0, 1.0, 3.0]),
         leader=request_id - 1 if rng.random() < scenario.sibling else None,
         read_cache=rng.random() < 0.9,
     )

@@ -13,17 +13,24 @@ from random import Random
 import numpy as np
 
 from millrace.scheduler.invariants import check
-from millrace.scheduler.plan import StepResult
+from millrace.scheduler.plan import Drawn, StepResult
 from millrace.scheduler.request import NO_SLOT, Finish
 from millrace.scheduler.scheduler import Scheduler
 from tests.scheduler.sim.judge import judge, look
 from tests.scheduler.sim.ledger import Ledger
 from tests.scheduler.sim.runner import FakeRunner
-from tests.scheduler.sim.scenario import draw_request, draw_scenario
+from tests.scheduler.sim.scenario import (
+    TURNS_TO_FIRST_TOKEN,
+    draw_request,
+    draw_scenario,
+    make_policy,
+)
 from tests.scheduler.sim.script import expected
+from tests.scheduler.sim.shares import Shares
 
 MAX_REQUESTS = 24
 TURN_S = 1.0
+NOBODY = np.empty(0, np.int64)
 TURNS_A_TOKEN = 12  # far more than any request needs: beyond it, nothing moves
 
 
@@ -33,9 +40,12 @@ class World:
     def __init__(self, rng: Random, max_requests: int = MAX_REQUESTS) -> None:
         self.rng = rng
         self.scenario = draw_scenario(rng, max_requests)
-        self.scheduler = Scheduler(self.scenario.limits)
+        self.scheduler = Scheduler(
+            self.scenario.limits, make_policy(self.scenario.policy, self.scenario.limits)
+        )
         self.runner = FakeRunner(self.scenario.limits.num_blocks, self.scenario.limits.block_size)
-        self.ledger = Ledger()
+        sheds = self.scenario.policy == "deadline"
+        self.ledger = Ledger(sheds_ahead_s=TURNS_TO_FIRST_TOKEN if sheds else 0.0)
         self.in_flight: deque[StepResult] = deque()
         self.num_arrived = 0
         self.now_s = TURN_S
@@ -63,7 +73,7 @@ class World:
     # ------------------------------------------------------------ the loop of an engine
 
     def _launch(self) -> bool:
-        before = look(self.scheduler, self.runner)
+        before, shares = look(self.scheduler, self.runner), Shares.look(self.scheduler)
         plan = self.scheduler.schedule(self.now_s)
         check(self.scheduler)
         if plan is not None:
@@ -73,12 +83,15 @@ class World:
         elif not self.in_flight:
             assert not self.scheduler.requests, "requests live, but nothing runs or is planned"
         judge(self.scheduler, self.runner, before, plan)
+        shares.judge_plan(self.scheduler, plan)
         return plan is not None
 
     def _land(self) -> None:
         result = self.in_flight.popleft()
         self.runner.land(result.step)
+        shares, live = Shares.look(self.scheduler), dict(self.scheduler.requests)
         drawn = self.scheduler.apply(result, self.now_s)
+        shares.judge_drawn(self.scheduler, live, drawn)
         self.trace.append((*drawn.request_ids.tolist(), *drawn.token_ids.tolist()))
         self.ledger.drawn(drawn)
         self._settle()
@@ -106,7 +119,9 @@ class World:
     def _arrive(self) -> None:
         request = draw_request(self.rng, self.scenario, self.num_arrived, self.now_s)
         self.num_arrived += 1
+        shares = Shares.look(self.scheduler)
         self.ledger.decided(request, self.scheduler.submit(request))
+        shares.judge_drawn(self.scheduler, {}, Drawn(NOBODY, NOBODY))  # nothing to pay for
 
     def _cancel(self, request_id: int) -> None:
         """Any request: it may wait, run, be in flight, have ended, or never have been accepted."""
