@@ -49,6 +49,7 @@ class StepPlan:
     decode_leaves: list[int] = field(default_factory=list)  # slots
     decode_joins: list[int] = field(default_factory=list)  # slots
     num_decodes: int = 0  # slots that decode one token in this step
+    context_tokens: int = 0  # KV that these read; counted where a cost model asks for it
 
     @property
     def num_tokens(self) -> int:

@@ -25,6 +25,7 @@ import numpy as np
 
 from millrace.scheduler.admission import Accepted, Admission, Decision
 from millrace.scheduler.block_pool import BlockPool
+from millrace.scheduler.cost_model import CostModel
 from millrace.scheduler.plan import Drawn, PrefillChunk, StepPlan, StepResult
 from millrace.scheduler.policy import FirstComeFirstServed, Policy
 from millrace.scheduler.prefix_cache import BlockIds, Chain, PrefixCache
@@ -44,6 +45,8 @@ class Limits:
     max_waiting: int
     max_waiting_tokens: int
     max_context: int | None = None  # tokens of prompt and output; None: what the blocks can hold
+    max_wait_s: float | None = None  # expected, of a new request
+    itl_target_s: float | None = None  # how long a step may keep streams waiting
     prefix_caching: bool = True
 
     @property
@@ -66,12 +69,16 @@ class Counters:
 class Scheduler:
     """Continuous batching over slots and KV blocks. Not thread safe; owned by one loop."""
 
-    def __init__(self, limits: Limits, policy: Policy | None = None) -> None:
+    def __init__(
+        self, limits: Limits, policy: Policy | None = None, cost: CostModel | None = None
+    ) -> None:
+        """`cost` is needed for `itl_target_s`; who runs the steps tells it how long they took."""
         self.limits = limits
+        self.cost = cost
         self.policy: Policy = policy or FirstComeFirstServed()
         self.cache = PrefixCache(limits.block_size, limits.num_blocks)
         self.pool = BlockPool(limits.num_blocks, self.cache)
-        self.admission = Admission(limits.max_waiting, limits.max_waiting_tokens)
+        self.admission = Admission(limits.max_waiting, limits.max_waiting_tokens, limits.max_wait_s)
         self.counters = Counters()
         self.requests: dict[int, Request] = {}  # every request that has not ended
         self.num_waiting = 0
@@ -138,7 +145,7 @@ class Scheduler:
             return False
         request.finish, request.stop_token, request.error = reason, stop_token, error
         self._ended.append(request)
-        self.admission.ended(now_s)
+        self.admission.ended(now_s, self.num_waiting)
         if request.deadline_s is not None:
             self._deadlines.gone()
         if request.slot != NO_SLOT:
@@ -198,7 +205,7 @@ class Scheduler:
         plan = StepPlan(self._step + 1, released=self._released)
         preemptions = self.counters.preemptions
         self._plan_decodes(plan)
-        budget = self.limits.max_step_tokens - plan.num_decodes
+        budget = self._prefill_budget(plan)
         for request in list(self._prefilling.values()):
             budget -= self._plan_chunk(plan, request, budget)
         if self.counters.preemptions == preemptions:  # admit nobody where memory has just run out
@@ -294,6 +301,18 @@ class Scheduler:
         if block is not None:
             plan.block_appends += self._slots.add_blocks(np.array([slot]), block)
         return block is not None
+
+    def _prefill_budget(self, plan: StepPlan) -> int:
+        """Tokens left for prompts: within the step's limit, and the time that streams may wait."""
+        budget = self.limits.max_step_tokens - plan.num_decodes
+        if self.cost is None:
+            return budget
+        table = self._slots
+        plan.context_tokens = int(table.computed @ (table.last_step == plan.step))
+        target_s = self.limits.itl_target_s
+        if target_s is None or plan.num_decodes == 0:
+            return budget
+        return min(budget, self.cost.budget(target_s, plan.num_decodes, plan.context_tokens))
 
     def _plan_chunk(self, plan: StepPlan, request: Request, budget: int) -> int:
         """The next part of a prompt, as far as the budget goes; returns its length."""

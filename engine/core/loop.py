@@ -28,6 +28,7 @@ from millrace.engine.core.messages import (
 )
 from millrace.engine.runner.runner import LaunchedStep, Runner
 from millrace.scheduler.admission import Refused
+from millrace.scheduler.cost_model import StepLoad
 from millrace.scheduler.invariants import check
 from millrace.scheduler.plan import StepPlan
 from millrace.scheduler.request import Finish, Request
@@ -45,6 +46,8 @@ class EngineCore:
         self._run_ahead = run_ahead
         self._launched: deque[LaunchedStep] = deque()
         self._requests: dict[int, Request] = {}  # accepted, and their end not published yet
+        self._loads: deque[tuple[StepLoad, float]] = deque()  # of those launched, and when
+        self._answered_s = 0.0  # when the device gave the last result
         self._deltas: dict[int, Delta] = {}  # by request, since the last publication
         self._answers: list[FromCore] = []
         self._num_scored: dict[int, int] = {}  # request -> prompt positions reported
@@ -88,11 +91,15 @@ class EngineCore:
 
     def _execute(self, plan: StepPlan) -> bool:
         """Launch a plan. A failure ends all that run; the engine itself goes on."""
+        prefill_tokens = plan.num_tokens - plan.num_decodes
+        load = StepLoad(prefill_tokens, plan.num_decodes, plan.context_tokens)
+        self._loads.append((load, time.monotonic()))
         try:
             self._launched.append(self._runner.execute(plan))
         except Exception as error:
             log.exception("step %d failed", plan.step)
             self._launched.clear()
+            self._loads.clear()
             self._runner.forget_decodes()
             self.scheduler.abandon(f"the step failed: {error}", time.monotonic())
             return False
@@ -101,6 +108,7 @@ class EngineCore:
     def _apply(self, launched: LaunchedStep) -> None:
         """Wait for a step's tokens and turn them into deltas."""
         result, logprobs = launched.result(), launched.logprobs()
+        self._measure()
         for slot, (start, scored) in launched.prompt_logprobs.items():
             self._report_prompt(self.scheduler.request_at(slot), start, scored)
         scores = {self.scheduler.request_at(slot).id: logprobs[slot] for slot in logprobs}
@@ -111,6 +119,14 @@ class EngineCore:
             delta.token_ids.append(token)
             if request_id in scores:
                 delta.logprobs = [*(delta.logprobs or ()), scores[request_id]]
+
+    def _measure(self) -> None:
+        """Tell the cost model how long the oldest launched step took."""
+        now = time.monotonic()
+        load, launched_s = self._loads.popleft()
+        if self.scheduler.cost is not None:
+            self.scheduler.cost.measured(load, now - max(launched_s, self._answered_s))
+        self._answered_s = now
 
     def _report_prompt(self, request: Request, start: int, scored: list[TokenLogprobs]) -> None:
         """Prompt logprobs, once each: a preempted request computes its prompt again."""

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from millrace.scheduler.admission import Accepted, Refused
+from millrace.scheduler.cost_model import CostModel, StepLoad
 from millrace.scheduler.invariants import check
 from millrace.scheduler.plan import PrefillChunk, StepPlan, StepResult
 from millrace.scheduler.request import NO_SLOT, Finish, Request
@@ -209,6 +210,30 @@ def test_what_can_never_fit_is_refused_and_changes_nothing():
     assert decision.retry_after_s == 0
     assert scheduler.num_waiting == 1
     check(scheduler)
+
+
+def test_a_long_prompt_does_not_keep_streams_waiting_longer_than_the_target():
+    """The device takes a millisecond a token, and 10 besides: a target of 60 leaves some 50."""
+    limits = Limits(512, 4, 4, 1000, 8, 10_000, itl_target_s=0.060)
+    scheduler = Scheduler(limits, cost=CostModel())
+    submit(scheduler, stream := make_request(0, prompt=4, max_tokens=200))
+    steps = []
+    for index in range(60):
+        if index == 30:
+            submit(scheduler, make_request(1, prompt=900, max_tokens=1))
+        if index % 7 == 0:
+            submit(scheduler, make_request(100 + index, prompt=1 + index, max_tokens=1))
+        plan = plan_of(scheduler)
+        prefill = sum(chunk.length for chunk in plan.prefill)
+        seconds = 0.010 + 0.001 * plan.num_tokens
+        scheduler.cost.measured(StepLoad(prefill, plan.num_decodes, plan.context_tokens), seconds)
+        if plan.num_decodes:
+            steps.append(seconds)
+        slots = [chunk.slot for chunk in plan.prefill if chunk.samples]
+        slots += [stream.slot] if plan.num_decodes else []
+        apply(scheduler, plan, *((slot, 5) for slot in slots))
+    assert max(steps) <= 0.066
+    assert sorted(steps)[-5] >= 0.050, "and the time is used"
 
 
 # ---------------------------------------------------------------- memory
