@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass
 
 from millrace.scheduler.fair_share import OUTPUT_PRICE, PROMPT_PRICE, FairShare
@@ -31,7 +31,7 @@ class Shares:
     def judge_plan(self, scheduler: Scheduler, plan: StepPlan | None) -> None:
         """The first to be admitted is of the least served tenant; prompts are paid for once."""
         admitted = plan.admitted if plan is not None else []
-        charges: Counter[str] = Counter()
+        charges: dict[str, float] = defaultdict(float)
         for request in admitted:
             if request.num_preemptions == 0:
                 fresh = len(request.prompt) - request.cached_tokens
@@ -44,19 +44,19 @@ class Shares:
 
     def judge_drawn(self, scheduler: Scheduler, requests: dict[int, Request], drawn: Drawn) -> None:
         """Every token drawn is paid for, by its request's tenant."""
-        charges: Counter[str] = Counter()
+        charges: dict[str, float] = defaultdict(float)
         for request_id in drawn.request_ids.tolist():
             request = requests[request_id]
             charges[request.tenant] += OUTPUT_PRICE / request.weight
         self._judge_charges(scheduler, charges)
 
-    def _judge_charges(self, scheduler: Scheduler, charges: Counter[str]) -> None:
+    def _judge_charges(self, scheduler: Scheduler, charges: dict[str, float]) -> None:
         policy = scheduler.policy
         if not isinstance(policy, FairShare):
             return
         still_waits = {request.tenant for request in self.waiting if request.is_queued}
         for tenant, before in self.counters.items():
-            gained, due = policy.counter(tenant) - before, charges[tenant]
+            gained, due = policy.counter(tenant) - before, charges.get(tenant, 0.0)
             assert gained >= due - ROUNDING, f"{tenant!r} was charged {gained}, not {due}"
             if tenant in still_waits:  # so it has not begun to wait meanwhile, and was not lifted
                 assert gained <= due + ROUNDING, f"{tenant!r} was charged {gained}, not {due}"

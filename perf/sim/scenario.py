@@ -7,29 +7,20 @@ from random import Random
 
 import numpy as np
 
-from millrace.scheduler.deadline_first import EarliestDeadlineFirst
-from millrace.scheduler.fair_share import FairShare
-from millrace.scheduler.policy import FirstComeFirstServed, Policy
-from millrace.scheduler.priority import PriorityWithAging
+from millrace.perf.sim.script import VOCAB, Script
+from millrace.scheduler.policies import make_policy
+from millrace.scheduler.policy import Policy
 from millrace.scheduler.request import Request
 from millrace.scheduler.scheduler import Limits
-from tests.scheduler.sim.script import VOCAB, Script
 
 POLICIES = ["first_come", "first_come", "priority", "fair_share", "deadline"]
 AGING_S = 5.0
 TURNS_TO_FIRST_TOKEN = 2.0
 
 
-def make_policy(name: str, limits: Limits) -> Policy:
+def policy_of(name: str, limits: Limits) -> Policy:
     """A device's turn is a second, whatever it computes."""
-    match name:
-        case "priority":
-            return PriorityWithAging(AGING_S)
-        case "fair_share":
-            return FairShare(limits.max_running)
-        case "deadline":
-            return EarliestDeadlineFirst(lambda request: TURNS_TO_FIRST_TOKEN)
-    return FirstComeFirstServed()
+    return make_policy(name, limits.max_running, AGING_S, lambda request: TURNS_TO_FIRST_TOKEN)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +62,7 @@ def draw_scenario(rng: Random, max_requests: int) -> Scenario:
         max_waiting_tokens=rng.choice([40, 10_000, 10_000]),
         prefix_caching=rng.random() < 0.8,
     )
+    policy = rng.choice(POLICIES)
     return Scenario(
         limits,
         steps_in_flight=rng.randint(1, 3),
@@ -78,9 +70,9 @@ def draw_scenario(rng: Random, max_requests: int) -> Scenario:
         max_prompt=max_prompt,
         max_tokens=max_tokens,
         prefixes=[_tokens(rng, rng.randint(1, max_prompt)) for _ in range(2)],
-        policy=rng.choice(POLICIES),
+        policy=policy,
         tenants=rng.choice([[""], ["a", "b"]]),
-        deadline=rng.choice([0.0, 0.2]),
+        deadline=0.6 if policy == "deadline" else rng.choice([0.0, 0.2]),
         sibling=rng.choice([0.0, 0.3]),
         stop=rng.choice([0.0, 0.5]),
         failure=rng.choice([0.0, 0.2]),

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from millrace.perf.sim.runner import FakeRunner, Sequence
+from millrace.perf.sim.scenario import AGING_S
 from millrace.scheduler.deadline_first import EarliestDeadlineFirst
 from millrace.scheduler.plan import StepPlan
 from millrace.scheduler.policy import Ordered
 from millrace.scheduler.priority import PriorityWithAging
 from millrace.scheduler.request import NO_SLOT, Request
 from millrace.scheduler.scheduler import Scheduler
-from tests.scheduler.sim.runner import FakeRunner, Sequence
-from tests.scheduler.sim.scenario import AGING_S
 
 
 @dataclass(frozen=True, slots=True)

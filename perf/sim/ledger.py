@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from millrace.perf.sim.script import expected
 from millrace.scheduler.admission import Accepted, Decision
 from millrace.scheduler.plan import Drawn
 from millrace.scheduler.request import Finish, Request
 from millrace.scheduler.scheduler import Scheduler
-from tests.scheduler.sim.script import expected
 
 
 @dataclass(slots=True)
@@ -60,7 +60,7 @@ class Ledger:
             return request.id in self.cancelled
         if request.finish is Finish.DEADLINE:
             due_s = request.deadline_s
-            is_shed = request.scheduled_s == 0.0 and self.sheds_ahead_s > 0.0
+            is_shed = request.is_queued  # a preempted one, too: it would draw nothing more
             ahead_s = self.sheds_ahead_s if is_shed else 0.0
             return due_s is not None and due_s - ahead_s <= now_s
         return request.finish is Finish.ERROR and request.id in self.abandoned

@@ -12,21 +12,21 @@ from random import Random
 
 import numpy as np
 
+from millrace.perf.sim.judge import judge, look
+from millrace.perf.sim.ledger import Ledger
+from millrace.perf.sim.runner import FakeRunner
+from millrace.perf.sim.scenario import (
+    TURNS_TO_FIRST_TOKEN,
+    draw_request,
+    draw_scenario,
+    policy_of,
+)
+from millrace.perf.sim.script import expected
+from millrace.perf.sim.shares import Shares
 from millrace.scheduler.invariants import check
 from millrace.scheduler.plan import Drawn, StepResult
 from millrace.scheduler.request import NO_SLOT, Finish
 from millrace.scheduler.scheduler import Scheduler
-from tests.scheduler.sim.judge import judge, look
-from tests.scheduler.sim.ledger import Ledger
-from tests.scheduler.sim.runner import FakeRunner
-from tests.scheduler.sim.scenario import (
-    TURNS_TO_FIRST_TOKEN,
-    draw_request,
-    draw_scenario,
-    make_policy,
-)
-from tests.scheduler.sim.script import expected
-from tests.scheduler.sim.shares import Shares
 
 MAX_REQUESTS = 24
 TURN_S = 1.0
@@ -41,7 +41,7 @@ class World:
         self.rng = rng
         self.scenario = draw_scenario(rng, max_requests)
         self.scheduler = Scheduler(
-            self.scenario.limits, make_policy(self.scenario.policy, self.scenario.limits)
+            self.scenario.limits, policy_of(self.scenario.policy, self.scenario.limits)
         )
         self.runner = FakeRunner(self.scenario.limits.num_blocks, self.scenario.limits.block_size)
         sheds = self.scenario.policy == "deadline"
@@ -49,7 +49,7 @@ class World:
         self.in_flight: deque[StepResult] = deque()
         self.num_arrived = 0
         self.now_s = TURN_S
-        self.trace: list[tuple[object, ...]] = []
+        self.log: list[str] = []
 
     def run(self) -> None:
         """Until every request has come and gone; AssertionError at the first thing amiss."""
@@ -79,7 +79,12 @@ class World:
         if plan is not None:
             result = self.runner.execute(plan)
             self.in_flight.append(result)
-            self.trace.append((plan.step, plan.num_tokens, plan.num_decodes, *plan.block_appends))
+            self._say(
+                f"step {plan.step} launched: {plan.num_decodes} decodes,"
+                f" prefill {[(chunk.slot, chunk.start, chunk.length) for chunk in plan.prefill]},"
+                f" admitted {[request.id for request in plan.admitted]},"
+                f" released slots {plan.released}, blocks {plan.block_appends}"
+            )
         elif not self.in_flight:
             assert not self.scheduler.requests, "requests live, but nothing runs or is planned"
         judge(self.scheduler, self.runner, before, plan)
@@ -92,12 +97,14 @@ class World:
         shares, live = Shares.look(self.scheduler), dict(self.scheduler.requests)
         drawn = self.scheduler.apply(result, self.now_s)
         shares.judge_drawn(self.scheduler, live, drawn)
-        self.trace.append((*drawn.request_ids.tolist(), *drawn.token_ids.tolist()))
+        tokens = dict(zip(drawn.request_ids.tolist(), drawn.token_ids.tolist(), strict=True))
+        self._say(f"step {result.step} applied: tokens {tokens}")
         self.ledger.drawn(drawn)
         self._settle()
 
     def _settle(self) -> None:
         for request in self.scheduler.take_ended():
+            self._say(f"request {request.id} ended: {request.finish}")
             self.ledger.close(request, self.now_s)
 
     # ------------------------------------------------------------ what happens to it
@@ -120,24 +127,31 @@ class World:
         request = draw_request(self.rng, self.scenario, self.num_arrived, self.now_s)
         self.num_arrived += 1
         shares = Shares.look(self.scheduler)
-        self.ledger.decided(request, self.scheduler.submit(request))
+        decision = self.scheduler.submit(request)
+        self._say(f"request {request.id} arrives: {len(request.prompt)} tokens, {decision}")
+        self.ledger.decided(request, decision)
         shares.judge_drawn(self.scheduler, {}, Drawn(NOBODY, NOBODY))  # nothing to pay for
 
     def _cancel(self, request_id: int) -> None:
         """Any request: it may wait, run, be in flight, have ended, or never have been accepted."""
         is_live = request_id in self.ledger.got and request_id not in self.ledger.ended
         if is_live:
+            self._say(f"request {request_id} is cancelled")
             self.ledger.cancelled.add(request_id)
         did_end = self.scheduler.finish(request_id, Finish.CANCELLED, self.now_s)
         assert did_end == is_live, f"request {request_id}: finish says {did_end}"
 
     def _abandon(self) -> None:
+        self._say("the device is lost")
         live = self.scheduler.requests.values()
         self.ledger.abandoned |= {request.id for request in live if request.slot != NO_SLOT}
         self.in_flight.clear()
         self.runner.lose()
         self.scheduler.abandon("the device was lost", self.now_s)
         assert self.scheduler.num_running == 0, "a slot outlived the device"
+
+    def _say(self, event: str) -> None:
+        self.log.append(f"{self.now_s:6g} s  {event}")
 
     # ------------------------------------------------------------ and how it must end
 
@@ -165,6 +179,6 @@ def simulate(seed: int) -> World:
     try:
         world.run()
     except Exception as error:
-        error.add_note(f"replay with SIM_SEED={seed} python -m pytest tests/scheduler/sim")
+        error.add_note(f"replay with python -m millrace.perf.sim --seed {seed}")
         raise
     return world
