@@ -70,46 +70,17 @@ def _step(scheduler: Any) -> int:
 def _make(num_decodes: int) -> tuple[Any, Any]:
     """A scheduler with room for them all, and a maker of its requests."""
     import torch
-    from vllm.config import (  # type: ignore[import-not-found]
-        CacheConfig,
-        DeviceConfig,
-        ModelConfig,
-        SchedulerConfig,
-        VllmConfig,
-    )
-    from vllm.sampling_params import SamplingParams  # type: ignore[import-not-found]
-    from vllm.utils.hashing import get_hash_fn_by_name  # type: ignore[import-not-found]
-    from vllm.v1.core.kv_cache_utils import (  # type: ignore[import-not-found]
-        get_request_block_hasher,
-        init_none_hash,
-    )
     from vllm.v1.core.sched.scheduler import Scheduler  # type: ignore[import-not-found]
     from vllm.v1.kv_cache_interface import (  # type: ignore[import-not-found]
         FullAttentionSpec,
         KVCacheConfig,
         KVCacheGroupSpec,
     )
-    from vllm.v1.request import Request  # type: ignore[import-not-found]
     from vllm.v1.structured_output import (  # type: ignore[import-not-found]
         StructuredOutputManager,
     )
 
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(MODEL))
-        model = ModelConfig(model=folder, dtype="bfloat16", skip_tokenizer_init=True)
-    limits = SchedulerConfig(
-        max_num_seqs=num_decodes,
-        max_num_batched_tokens=max(8192, num_decodes),
-        max_model_len=MODEL["max_position_embeddings"],
-        is_encoder_decoder=False,
-        enable_chunked_prefill=True,
-    )
-    config = VllmConfig(
-        model_config=model,
-        scheduler_config=limits,
-        cache_config=CacheConfig(block_size=BLOCK_SIZE, enable_prefix_caching=True),
-        device_config=DeviceConfig(device="cpu"),
-    )
+    config = _config(num_decodes)
     num_blocks = max(20_000, num_decodes * 80)
     config.cache_config.num_gpu_blocks = num_blocks
     spec = FullAttentionSpec(
@@ -123,6 +94,45 @@ def _make(num_decodes: int) -> tuple[Any, Any]:
         block_size=BLOCK_SIZE,
         log_stats=True,
     )
+    return scheduler, _request_maker()
+
+
+def _config(num_decodes: int) -> Any:
+    from vllm.config import (  # type: ignore[import-not-found]
+        CacheConfig,
+        DeviceConfig,
+        ModelConfig,
+        SchedulerConfig,
+        VllmConfig,
+    )
+
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(MODEL))
+        model = ModelConfig(model=folder, dtype="bfloat16", skip_tokenizer_init=True)
+    limits = SchedulerConfig(
+        max_num_seqs=num_decodes,
+        max_num_batched_tokens=max(8192, num_decodes),
+        max_model_len=MODEL["max_position_embeddings"],
+        is_encoder_decoder=False,
+        enable_chunked_prefill=True,
+    )
+    return VllmConfig(
+        model_config=model,
+        scheduler_config=limits,
+        cache_config=CacheConfig(block_size=BLOCK_SIZE, enable_prefix_caching=True),
+        device_config=DeviceConfig(device="cpu"),
+    )
+
+
+def _request_maker() -> Any:
+    from vllm.sampling_params import SamplingParams  # type: ignore[import-not-found]
+    from vllm.utils.hashing import get_hash_fn_by_name  # type: ignore[import-not-found]
+    from vllm.v1.core.kv_cache_utils import (  # type: ignore[import-not-found]
+        get_request_block_hasher,
+        init_none_hash,
+    )
+    from vllm.v1.request import Request  # type: ignore[import-not-found]
+
     hash_function = get_hash_fn_by_name("sha256")
     init_none_hash(hash_function)
     hasher = get_request_block_hasher(BLOCK_SIZE, hash_function)
@@ -136,8 +146,4 @@ def _make(num_decodes: int) -> tuple[Any, Any]:
             block_hasher=hasher,
         )
 
-    return scheduler, new_request
-
-
-if __name__ == "__main__":
-    print(measure((1, 64, 256, 1024, 4096), 512))
+    return new_request
