@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
+from itertools import count, repeat
 
 import numpy as np
 
@@ -228,7 +229,7 @@ class Scheduler:
         slots, token_ids, stopped = result.slots, result.token_ids, result.stopped
         is_live = self._slots.is_live[slots]  # others ended while this step was in flight
         has_token = is_live & result.ok
-        if not has_token.all():
+        if np.count_nonzero(has_token) < len(slots):
             self._fail(slots[is_live & ~result.ok], now_s)
             slots, token_ids, stopped = slots[has_token], token_ids[has_token], stopped[has_token]
         self._slots.append(slots, token_ids)
@@ -367,7 +368,7 @@ class Scheduler:
             self.counters.prefix_hit_tokens += request.cached_tokens
         self._prefilling[slot] = request
         plan.admitted.append(request)
-        plan.block_appends += [(slot, index, block) for index, block in enumerate(blocks.tolist())]
+        plan.block_appends += zip(repeat(slot), count(), blocks.tolist())
         return True
 
     def _cached_prefix(self, request: Request) -> BlockIds:

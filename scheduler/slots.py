@@ -73,7 +73,7 @@ class SlotTable:
     def append(self, slots: Slots, token_ids: npt.NDArray[np.int64]) -> None:
         """One more token each, all slots different."""
         address = self._next_token[slots]
-        self._tokens[address] = token_ids
+        self._tokens.put(address, token_ids)
         address += 1
         self._next_token[slots] = address
 
