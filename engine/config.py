@@ -23,6 +23,7 @@ MAX_PROMPT_BYTES = 8 * 2**20  # of text, before tokenizing
 MAX_REQUEST_ID_BYTES = 256
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ATTENTION_BACKENDS = ("auto", "torch", "triton", "xformers", "reference")
+POLICIES = ("first_come", "priority", "fair_share", "deadline")
 ENV_PREFIX = "MILLRACE_"
 
 
@@ -53,6 +54,14 @@ class EngineConfig:
     max_waiting: int = setting(4096, "requests in the queue; beyond, new ones are refused")
     max_waiting_tokens: int = setting(4_000_000, "prompt tokens in the queue", "tokens")
     max_step_tokens: int = setting(512, "computed in one step, prefill chunks included", "tokens")
+    max_wait_s: float | None = setting(
+        None, "expected wait beyond which new requests are refused; default: any", "s"
+    )
+    policy: str = setting("first_come", "who is next: first_come, priority, fair_share or deadline")
+    priority_aging_s: float = setting(10.0, "wait that is worth one class of priority", "s")
+    itl_target_ms: float | None = setting(
+        None, "a step takes no more of a prompt than lets streams go on in time", "ms"
+    )
     block_size: int = setting(16, "KV block", "tokens")
     kv_cache_memory: int | None = setting(
         None, "KV cache; default: max-running contexts of 1024 tokens on CPU", "bytes"
@@ -75,6 +84,10 @@ class EngineConfig:
         self._at_least("max_waiting", 1)
         self._at_least("max_waiting_tokens", 1)
         self._at_least("max_step_tokens", 1)
+        self._at_least("max_wait_s", 0)
+        self._one_of("policy", POLICIES)
+        self._at_least("priority_aging_s", 0)
+        self._at_least("itl_target_ms", 0)
         self._at_least("kv_cache_memory", 1)
         self._at_least("drain_timeout_s", 0)
         self._at_least("default_timeout_s", 0)

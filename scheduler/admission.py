@@ -35,24 +35,26 @@ Decision = Accepted | Refused
 class Admission:
     """Bounds on the queue, and the rate at which requests leave the system."""
 
-    def __init__(self, max_waiting: int, max_waiting_tokens: int) -> None:
+    def __init__(
+        self, max_waiting: int, max_waiting_tokens: int, max_wait_s: float | None = None
+    ) -> None:
         self._max_waiting = max_waiting
         self._max_waiting_tokens = max_waiting_tokens
+        self._max_wait_s = max_wait_s
+        self._has_rate = False
         self._interval_s = FIRST_GUESS_S  # smoothed time between two ends
         self._last_end_s: float | None = None
 
-    def decide(
-        self, request: Request, blocks: int, pool_blocks: int, waiting: int, waiting_tokens: int
-    ) -> Decision:
-        """`blocks`: what the request needs at its longest; the rest describes pool and queue."""
+    def decide(self, request: Request, longest: int, waiting: int, waiting_tokens: int) -> Decision:
+        """`longest`: prompt and output tokens that one request may have; the rest is the queue."""
         prompt_tokens = len(request.prompt)
         if prompt_tokens == 0:
             return Refused("the prompt is empty", "prompt", "at least 1 token")
         if request.max_tokens < 1:
             return Refused(f"max_tokens is {request.max_tokens}", "max_tokens", "at least 1")
-        if blocks > pool_blocks:
-            reason = f"needs {blocks} KV blocks at its longest, the cache has {pool_blocks}"
-            return Refused(reason, "max_tokens", f"at most {pool_blocks} KV blocks")
+        if request.max_length > longest:
+            reason = f"prompt and output may be {request.max_length} tokens, more than ever fit"
+            return Refused(reason, "max_tokens", f"at most {longest} tokens of prompt and output")
         if prompt_tokens > self._max_waiting_tokens:
             reason = f"the prompt has {prompt_tokens} tokens, more than the queue ever holds"
             return Refused(reason, "prompt", f"at most {self._max_waiting_tokens} tokens")
@@ -60,14 +62,25 @@ class Admission:
             return self._busy(waiting, "requests", self._max_waiting)
         if waiting_tokens + prompt_tokens > self._max_waiting_tokens:
             return self._busy(waiting, "prompt tokens", self._max_waiting_tokens)
+        expected_s = self.expected_wait_s(waiting)
+        if self._max_wait_s is not None and expected_s > self._max_wait_s:
+            reason = f"the wait would be about {expected_s:.1f} s"
+            retry_s = min(MAX_RETRY_AFTER_S, max(FIRST_GUESS_S, expected_s - self._max_wait_s))
+            return Refused(reason, "queue", f"at most {self._max_wait_s:g} s of waiting", retry_s)
         return Accepted()
 
-    def ended(self, now_s: float) -> None:
-        """A request has left the system."""
+    def expected_wait_s(self, waiting: int) -> float:
+        """Until these have left the queue, at the pace of late; 0 before any is known."""
+        return self._interval_s * waiting if self._has_rate else 0.0
+
+    def ended(self, now_s: float, waiting: int) -> None:
+        """A request has left the system. Only while others wait does that show how fast it is."""
         if self._last_end_s is not None:
-            interval = min(now_s - self._last_end_s, MAX_RETRY_AFTER_S)  # idle time isn't slowness
-            self._interval_s += SMOOTHING * (interval - self._interval_s)
-        self._last_end_s = now_s
+            interval = min(now_s - self._last_end_s, MAX_RETRY_AFTER_S)
+            weight = SMOOTHING if self._has_rate else 1.0
+            self._interval_s += weight * (interval - self._interval_s)
+            self._has_rate = True
+        self._last_end_s = now_s if waiting else None
 
     def _busy(self, waiting: int, what: str, limit: int) -> Refused:
         # Half the queue drained is room worth coming back for.

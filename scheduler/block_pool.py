@@ -6,14 +6,14 @@ A block is in exactly one of three states:
     referenced  in the block tables of `refs[block]` >= 1 requests; written while refs == 1 only
     cached      refs == 0, but the prefix cache knows its contents; taken when no free block is left
 
-Every operation is O(1) a block.
+Blocks come and go in arrays, so that what many requests do in one step costs one call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import numpy as np
 
-from millrace.scheduler.prefix_cache import PrefixCache
+from millrace.scheduler.prefix_cache import BlockIds, PrefixCache
 
 
 class BlockPool:
@@ -21,49 +21,54 @@ class BlockPool:
 
     def __init__(self, num_blocks: int, cache: PrefixCache) -> None:
         self.num_blocks = num_blocks
-        self.refs = [0] * num_blocks
-        self._free = list(range(num_blocks - 1, -1, -1))
+        self.refs = np.zeros(num_blocks, np.int32)
+        self._free = np.arange(num_blocks - 1, -1, -1, dtype=np.int32)  # a stack: [:_num_free]
+        self._num_free = num_blocks
         self._cache = cache
 
     @property
     def num_available(self) -> int:
         """Blocks that can be taken now: free, or cached and idle."""
-        return len(self._free) + self._cache.num_idle
+        return self._num_free + self._cache.num_idle
 
     @property
     def num_referenced(self) -> int:
         return self.num_blocks - self.num_available
 
-    def take(self) -> int | None:
-        """A block for one owner to write, or None when every block is referenced."""
-        if self._free:
-            block = self._free.pop()
-        else:
-            evicted = self._cache.evict()
-            if evicted is None:
-                return None
-            block = evicted
-        self.refs[block] = 1
-        return block
+    def take(self, count: int) -> BlockIds | None:
+        """Blocks for one owner each to write; None, and nothing is taken, if there are fewer."""
+        num_evicted = max(0, count - self._num_free)
+        if num_evicted > self._cache.num_idle:
+            return None
+        end, self._num_free = self._num_free, self._num_free - count + num_evicted
+        blocks = self._free[self._num_free : end].copy()
+        if num_evicted:
+            blocks = np.concatenate([blocks, self._cache.evict(num_evicted)])
+        self.refs[blocks] = 1
+        return blocks
 
-    def share(self, blocks: Sequence[int]) -> None:
+    def num_idle(self, blocks: BlockIds) -> int:
+        """How many of these cached blocks nobody references, so that sharing them takes them."""
+        return len(blocks) - int(np.count_nonzero(self.refs[blocks]))
+
+    def share(self, blocks: BlockIds) -> None:
         """One more owner for each of these cached blocks."""
-        for block in blocks:
-            if self.refs[block] == 0:
-                self._cache.wake(block)
-            self.refs[block] += 1
+        self._cache.wake(blocks[self.refs[blocks] == 0])
+        self.refs[blocks] += 1
 
-    def give_back(self, blocks: Sequence[int]) -> None:
+    def give_back(self, blocks: BlockIds) -> None:
         """One owner less. Last block first: the cache evicts in this order, leaves first."""
-        for block in reversed(blocks):
-            self.refs[block] -= 1
-            if self.refs[block] == 0 and not self._cache.rest(block):
-                self._free.append(block)
+        self.refs[blocks] -= 1
+        idle = blocks[::-1][self.refs[blocks[::-1]] == 0]
+        self._put(self._cache.rest(idle))
 
     def flush(self) -> int:
         """Forget every idle cached block; returns how many."""
-        forgotten = 0
-        while (block := self._cache.evict()) is not None:
-            self._free.append(block)
-            forgotten += 1
-        return forgotten
+        forgotten = self._cache.evict(self._cache.num_idle)
+        self._put(forgotten)
+        return len(forgotten)
+
+    def _put(self, blocks: BlockIds) -> None:
+        end = self._num_free + len(blocks)
+        self._free[self._num_free : end] = blocks
+        self._num_free = end

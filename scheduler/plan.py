@@ -15,6 +15,7 @@ Example, block_size 16. Slot 3 holds a prompt of 20 tokens, admitted in step 7 w
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -48,6 +49,7 @@ class StepPlan:
     decode_leaves: list[int] = field(default_factory=list)  # slots
     decode_joins: list[int] = field(default_factory=list)  # slots
     num_decodes: int = 0  # slots that decode one token in this step
+    context_tokens: int = 0  # KV that these read; counted where a cost model asks for it
 
     @property
     def num_tokens(self) -> int:
@@ -64,3 +66,10 @@ class StepResult:
     token_ids: npt.NDArray[np.int64]  # [N]
     stopped: npt.NDArray[np.bool_]  # [N]; the token is a stop token of its request
     ok: npt.NDArray[np.bool_]  # [N]; False: no token could be drawn (NaN, nothing allowed)
+
+
+class Drawn(NamedTuple):
+    """The tokens of one step that reach their requests; those of the ended are left out."""
+
+    request_ids: npt.NDArray[np.int64]  # [n], each once
+    token_ids: npt.NDArray[np.int64]  # [n]

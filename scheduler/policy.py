@@ -1,6 +1,14 @@
-"""Policies: in which order requests wait, and who yields when memory runs out.
+"""Policy: in which order requests wait, and who yields when memory runs out.
 
-First come, first served is the one policy so far; others implement the same methods.
+This file has the interface and the plainest policy. One file for each of the others:
+
+    first_come   FirstComeFirstServed, here
+    priority     priority.py: classes, and the longer one waits the more urgent it is
+    fair_share   fair_share.py: tenants get equal (or weighted) shares, whatever they send
+    deadline     deadline_first.py: what is due first; what can't make it any more goes at once
+
+A policy sees each request arrive, start, and leave, and how many tokens each slot draws. It decides
+who is next, and the scheduler never admits anyone past the one it names.
 """
 
 from __future__ import annotations
@@ -10,6 +18,9 @@ from typing import Protocol
 
 from millrace.scheduler.request import Request
 from millrace.scheduler.request_heap import RequestHeap
+from millrace.scheduler.slots import Slots
+
+MAX_YIELDS = 3  # a request that has yielded so often goes on, and others yield
 
 
 class Policy(Protocol):
@@ -25,17 +36,30 @@ class Policy(Protocol):
         """The request that must be admitted next, None if nobody waits. It stays in the queue."""
 
     def pop(self) -> None:
-        """Take the head out."""
+        """Take the head out: it has a slot now, and `num_computed` tokens that cost nothing."""
 
     def gone(self, request: Request) -> None:
         """This waiting request has ended."""
+
+    def left(self, request: Request) -> None:
+        """This request has ended or yielded, and gives up its slot."""
+
+    def drew(self, slots: Slots) -> None:
+        """One token for each of these slots."""
+
+    def hopeless(self, now_s: float) -> Request | None:
+        """A waiting request that is not worth starting any more."""
 
     def victim(self, running: Iterable[Request]) -> Request:
         """Of these (at least one), the request that yields its blocks."""
 
 
-class FirstComeFirstServed:
-    """By order of arrival. A preempted request keeps its rank, so it is the first to return."""
+class Ordered:
+    """A policy that is one key a request, known when it arrives: the least is next.
+
+    A preempted request keeps its key, so it returns as soon as anyone like it. The greatest key
+    yields: so the request with the least gets on whatever happens, and there is always progress.
+    """
 
     def __init__(self) -> None:
         self._queue = RequestHeap()
@@ -43,8 +67,12 @@ class FirstComeFirstServed:
     def __iter__(self) -> Iterator[Request]:
         return iter(self._queue)
 
+    def key(self, request: Request) -> float:
+        """Ties go to the earlier arrival."""
+        raise NotImplementedError
+
     def push(self, request: Request) -> None:
-        self._queue.push(request.arrival, request)
+        self._queue.push(self.key(request), request)
 
     def head(self) -> Request | None:
         return self._queue.head()
@@ -55,6 +83,21 @@ class FirstComeFirstServed:
     def gone(self, request: Request) -> None:
         self._queue.gone()
 
+    def left(self, request: Request) -> None:
+        """The key does not depend on it."""
+
+    def drew(self, slots: Slots) -> None:
+        """The key does not depend on it."""
+
+    def hopeless(self, now_s: float) -> Request | None:
+        return None
+
     def victim(self, running: Iterable[Request]) -> Request:
-        """The youngest: the oldest always gets on, so there is always progress."""
-        return max(running, key=lambda request: request.arrival)
+        return max(running, key=lambda request: (self.key(request), request.arrival))
+
+
+class FirstComeFirstServed(Ordered):
+    """By order of arrival: the oldest always gets on."""
+
+    def key(self, request: Request) -> float:
+        return request.arrival

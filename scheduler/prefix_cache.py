@@ -1,105 +1,141 @@
 """PrefixCache: an exact index from token prefixes to the KV blocks that hold them.
 
-A trie whose edges are whole blocks of tokens. It is one dictionary keyed by (parent node, the
-block's int32 bytes): equality is on the tokens themselves, so nothing can collide, and a look-up
-ends at the first miss. Node ids come from a counter and are never used twice.
+A trie whose edges are whole blocks of tokens. It is one dictionary keyed by (parent, the block's
+int32 bytes): equality is on the tokens themselves, so nothing can collide, and a look-up ends at
+the first miss. A node's name is its block. The root's name is the tenant's salt, so that no tenant
+can find, or probe by timing, what another has cached.
 
-Invariant: a cached node's parent is cached. Only leaves are evicted, least recently used first, and
-one queue gives both: who references a cached block references its whole chain, and gives it back
-from its end. So a parent comes to rest after its children, and the oldest idle node is a leaf.
+Invariant: a cached block's parent is cached. Only leaves are evicted, least recently used first,
+and one queue gives both: who references a cached block references its whole chain, and gives it
+back from its end. So a parent comes to rest after its children, and the oldest idle block is a
+leaf. It also means that no key is left that names an evicted parent: names can be used again.
+
+Long prompts leap: from a node whose depth is a multiple of LEAP there may be one edge over LEAP
+blocks at once, which needs no hashing, only a comparison. It goes with the block that it leads to.
+
+    root --b0--> 0 --b1--> 1 ... --b7--> 7 --b8--> 8
+      \\______________ b0..b7 __________/^
 """
 
 from __future__ import annotations
 
+from array import array
 from collections import OrderedDict
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-ROOT = 0
+BlockIds = npt.NDArray[np.int32]
+Node = int | str  # a cached block, or the salt of a root
+NO_SALT = ""
+LEAP = 8  # blocks
 
 
-@dataclass(frozen=True, slots=True)
-class _Node:
-    parent: int
-    key: bytes  # the block's tokens
-    block: int
+@dataclass(slots=True)
+class Chain:
+    """How far a request's block table is indexed. Its blocks, being referenced, stay so."""
+
+    salt: str = NO_SALT
+    num_blocks: int = 0  # of its table, from the first; they are the chain from the root
+    is_closed: bool = False  # another's block holds the tokens that come next: ours stay private
 
 
 class PrefixCache:
     """Full blocks by content. Knows no reference counts: the pool says when a block rests."""
 
-    def __init__(self, block_size: int) -> None:
+    def __init__(self, block_size: int, num_blocks: int) -> None:
         self._block_bytes = block_size * 4
-        self._ids: dict[tuple[int, bytes], int] = {}
-        self._nodes: dict[int, _Node] = {}
-        self._node_of_block: dict[int, int] = {}
-        self._idle: OrderedDict[int, None] = OrderedDict()  # nodes nobody references, oldest first
-        self._next_id = ROOT + 1
+        self._child: dict[tuple[Node, bytes], int] = {}
+        self._leaps: dict[Node, tuple[bytes, array[int]]] = {}  # the tokens and the blocks between
+        # By block: the key that leads to it, and where a leap to it begins.
+        self._key: list[tuple[Node, bytes] | None] = [None] * num_blocks
+        self._leap_from: list[Node | None] = [None] * num_blocks
+        self._is_cached = np.zeros(num_blocks, np.bool_)
+        self._idle: OrderedDict[int, None] = OrderedDict()  # blocks nobody references, oldest first
 
     def __len__(self) -> int:
         """Cached blocks, idle or referenced."""
-        return len(self._nodes)
+        return len(self._child)
 
     @property
     def num_idle(self) -> int:
         """Cached blocks that no request references. All of them can be evicted."""
         return len(self._idle)
 
-    def match(self, tokens: npt.NDArray[np.int32]) -> list[int]:
+    def match(self, tokens: npt.NDArray[np.int32], salt: str = NO_SALT) -> BlockIds:
         """Blocks of the longest cached prefix of `tokens`, whole blocks only."""
-        data, node, blocks = tokens.tobytes(), ROOT, []
-        for start in range(0, len(data) - self._block_bytes + 1, self._block_bytes):
-            child = self._ids.get((node, data[start : start + self._block_bytes]))
-            if child is None:
-                break
-            node = child
-            blocks.append(self._nodes[node].block)
-        return blocks
+        data, blocks = tokens.tobytes(), array("i")
+        child, leaps, size = self._child, self._leaps, self._block_bytes
+        node: Node = salt
+        start = 0
+        while True:
+            leap = leaps.get(node)
+            if leap is not None and data.startswith(leap[0], start):
+                blocks += leap[1]
+                start += len(leap[0])
+            else:
+                found = child.get((node, data[start : start + size]))
+                if found is None:
+                    return np.array(blocks, np.int32)
+                blocks.append(found)
+                start += size
+            node = blocks[-1]
 
-    def insert(self, tokens: npt.NDArray[np.int32], blocks: list[int]) -> None:
-        """Index blocks[i] under the i-th full block of `tokens`; the caller references them all.
+    def insert(self, tokens: npt.NDArray[np.int32], table: BlockIds, chain: Chain) -> None:
+        """Go on indexing a request's table under its tokens; the caller references all its blocks.
 
         Where another block holds equal content already, that one stays, and ours and all after it
         remain private: whoever references a cached block then references its whole chain.
         """
-        data, node = tokens.tobytes(), ROOT
-        for index in range(min(len(blocks), len(data) // self._block_bytes)):
-            key = data[index * self._block_bytes : (index + 1) * self._block_bytes]
-            child = self._ids.get((node, key))
-            if child is None:
-                child = self._add(node, key, blocks[index])
-            elif self._nodes[child].block != blocks[index]:
-                return
-            node = child
+        first, last = chain.num_blocks, min(len(table), tokens.nbytes // self._block_bytes)
+        if chain.is_closed or first >= last:
+            return
+        size, data = self._block_bytes, tokens.tobytes()
+        child, keys = self._child, self._key
+        node: Node = int(table[first - 1]) if first else chain.salt
+        for index, block in enumerate(table[first:last].tolist(), start=first):
+            key = (node, data[index * size : (index + 1) * size])
+            if child.setdefault(key, block) != block:
+                chain.is_closed = True
+                last = index
+                break
+            keys[block] = key
+            node = block
+        chain.num_blocks = last
+        self._is_cached[table[first:last]] = True
+        for end in range((first // LEAP + 1) * LEAP, last + 1, LEAP):
+            self._add_leap(data[(end - LEAP) * size : end * size], table[:end], chain.salt)
 
-    def rest(self, block: int) -> bool:
-        """The last reference is gone. False: the block isn't cached and is free."""
-        node_id = self._node_of_block.get(block)
-        if node_id is None:
-            return False
-        self._idle[node_id] = None
-        return True
+    def rest(self, blocks: BlockIds) -> BlockIds:
+        """The last reference to these is gone, in this order. Returns those that aren't cached."""
+        is_cached = self._is_cached[blocks]
+        self._idle.update(dict.fromkeys(blocks[is_cached].tolist()))
+        return blocks[~is_cached]
 
-    def wake(self, block: int) -> None:
-        """An idle cached block is referenced again."""
-        del self._idle[self._node_of_block[block]]
+    def wake(self, blocks: BlockIds) -> None:
+        """These idle cached blocks are referenced again."""
+        for block in blocks.tolist():
+            del self._idle[block]
 
-    def evict(self) -> int | None:
-        """Forget the least recently used idle block; returns it, None if there is none."""
-        if not self._idle:
-            return None
-        node_id, _ = self._idle.popitem(last=False)
-        node = self._nodes.pop(node_id)
-        del self._ids[node.parent, node.key]
-        del self._node_of_block[node.block]
-        return node.block
+    def evict(self, count: int) -> BlockIds:
+        """Forget the `count` least recently used of the idle blocks; returns them."""
+        evicted = np.empty(count, np.int32)
+        for index in range(count):
+            block, _ = self._idle.popitem(last=False)
+            key, leap_from = self._key[block], self._leap_from[block]
+            assert key is not None, "an idle block is cached"
+            del self._child[key]
+            if leap_from is not None:
+                del self._leaps[leap_from]
+            self._key[block] = self._leap_from[block] = None
+            evicted[index] = block
+        self._is_cached[evicted] = False
+        return evicted
 
-    def _add(self, parent: int, key: bytes, block: int) -> int:
-        node_id = self._next_id
-        self._next_id += 1
-        self._ids[parent, key] = node_id
-        self._nodes[node_id] = _Node(parent, key, block)
-        self._node_of_block[block] = node_id
-        return node_id
+    def _add_leap(self, tokens: bytes, table: BlockIds, salt: str) -> None:
+        """Over the last LEAP blocks of `table`, unless there is one from there already."""
+        start: Node = int(table[-LEAP - 1]) if len(table) > LEAP else salt
+        if start not in self._leaps:
+            self._leaps[start] = (tokens, array("i", table[-LEAP:].tobytes()))
+            self._leap_from[int(table[-1])] = start

@@ -45,13 +45,16 @@ class Request:
     payload: object = None
     deadline_s: float | None = None  # monotonic time at which it ends
     leader: int | None = None  # sibling whose prompt KV this one waits for and shares
+    arrived_s: float = 0.0
+    priority: int = 0  # class; 0 is the most urgent
+    tenant: str = ""  # whose request it is: tenants share no cached prefixes
+    weight: float = 1.0  # of the tenant, > 0: its share compared with others'
     read_cache: bool = True  # False: compute every prompt position (their logits are wanted)
 
-    arrival: int = NEVER  # order of submission, and FCFS rank
-    outputs: list[int] = field(default_factory=list)
+    arrival: int = NEVER  # order of submission
+    outputs: list[int] = field(default_factory=list)  # as of when it last left its slot
     slot: int = NO_SLOT
-    blocks: list[int] = field(default_factory=list)  # its block table
-    num_computed: int = 0  # kept while it prefills; a decoding slot's count is the scheduler's
+    num_computed: int = 0  # kept while it prefills; a decoding slot's count is the slot table's
     is_queued: bool = False  # in the policy's queue (a follower of a leader is not, yet)
     is_closing: bool = False  # leaves its slot once the last launched step with it is applied
     cached_tokens: int = 0  # prompt tokens whose KV was reused at the first admission
@@ -63,7 +66,7 @@ class Request:
 
     @property
     def num_known(self) -> int:
-        """Tokens whose ids the host has seen."""
+        """Tokens whose ids the host has seen. (While it decodes, the slot table knows of more.)"""
         return len(self.prompt) + len(self.outputs)
 
     @property
@@ -72,5 +75,7 @@ class Request:
         return len(self.prompt) + self.max_tokens
 
     def known_tokens(self) -> npt.NDArray[np.int32]:
-        """Prompt and output so far, int32 [num_known]."""
+        """Prompt and outputs, int32 [num_known]."""
+        if not self.outputs:
+            return self.prompt
         return np.concatenate([self.prompt, np.asarray(self.outputs, np.int32)])

@@ -10,6 +10,9 @@ holds it is only marked: its slot and blocks return when the last such step is a
     who may free blocks                                   when
     _release(request), called by finish() and apply()     no launched step can touch them any more
 
+What a step asks of every running request is answered by arrays (slots.py). Python looks at single
+requests only when they come, go, or compute their prompt.
+
 Before it: engine/core/loop.py. After it: engine/runner/runner.py, which executes the plan.
 """
 
@@ -17,17 +20,19 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
+from itertools import count, repeat
 
 import numpy as np
-import numpy.typing as npt
 
 from millrace.scheduler.admission import Accepted, Admission, Decision
 from millrace.scheduler.block_pool import BlockPool
-from millrace.scheduler.plan import PrefillChunk, StepPlan, StepResult
+from millrace.scheduler.cost_model import CostModel
+from millrace.scheduler.plan import Drawn, PrefillChunk, StepPlan, StepResult
 from millrace.scheduler.policy import FirstComeFirstServed, Policy
-from millrace.scheduler.prefix_cache import PrefixCache
-from millrace.scheduler.request import NEVER, NO_SLOT, Finish, Request
+from millrace.scheduler.prefix_cache import BlockIds, Chain, PrefixCache
+from millrace.scheduler.request import NO_SLOT, Finish, Request
 from millrace.scheduler.request_heap import RequestHeap
+from millrace.scheduler.slots import Slots, SlotTable
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +45,16 @@ class Limits:
     max_step_tokens: int  # >= max_running, so that every decode always fits
     max_waiting: int
     max_waiting_tokens: int
+    max_context: int | None = None  # tokens of prompt and output; None: what the blocks can hold
+    max_wait_s: float | None = None  # expected, of a new request
+    itl_target_s: float | None = None  # how long a step may keep streams waiting
     prefix_caching: bool = True
+
+    @property
+    def longest(self) -> int:
+        """Tokens of prompt and output at most. The last one's KV is never computed."""
+        held = self.num_blocks * self.block_size + 1
+        return held if self.max_context is None else min(held, self.max_context)
 
 
 @dataclass(slots=True)
@@ -48,6 +62,7 @@ class Counters:
     """Running totals since the start."""
 
     preemptions: int = 0
+    shed: int = 0  # ended while waiting, since their deadline could no longer be met
     prefix_query_tokens: int = 0
     prefix_hit_tokens: int = 0
 
@@ -55,12 +70,16 @@ class Counters:
 class Scheduler:
     """Continuous batching over slots and KV blocks. Not thread safe; owned by one loop."""
 
-    def __init__(self, limits: Limits, policy: Policy | None = None) -> None:
+    def __init__(
+        self, limits: Limits, policy: Policy | None = None, cost: CostModel | None = None
+    ) -> None:
+        """`cost` is needed for `itl_target_s`; who runs the steps tells it how long they took."""
         self.limits = limits
+        self.cost = cost
         self.policy: Policy = policy or FirstComeFirstServed()
-        self.cache = PrefixCache(limits.block_size)
+        self.cache = PrefixCache(limits.block_size, limits.num_blocks)
         self.pool = BlockPool(limits.num_blocks, self.cache)
-        self.admission = Admission(limits.max_waiting, limits.max_waiting_tokens)
+        self.admission = Admission(limits.max_waiting, limits.max_waiting_tokens, limits.max_wait_s)
         self.counters = Counters()
         self.requests: dict[int, Request] = {}  # every request that has not ended
         self.num_waiting = 0
@@ -69,13 +88,7 @@ class Scheduler:
         self._prefilling: dict[int, Request] = {}  # by slot, in order of admission
         self._deadlines = RequestHeap()
         self._num_arrived = 0
-        self._free_slots = list(range(limits.max_running - 1, -1, -1))
-        self._request_of_slot: list[Request | None] = [None] * limits.max_running
-        # By slot: whether it decodes, tokens computed, where decoding ends, newest launched step.
-        self._decodes = np.zeros(limits.max_running, np.bool_)
-        self._length = np.zeros(limits.max_running, np.int64)
-        self._end = np.zeros(limits.max_running, np.int64)
-        self._last_step = np.full(limits.max_running, NEVER, np.int64)
+        self._slots = SlotTable(limits.max_running, limits.longest, limits.block_size)
         self._planned_decodes = np.zeros(limits.max_running, np.bool_)  # as the runner knows them
         self._step = 0  # newest planned step
         self._applied = 0  # newest step whose result has been taken in
@@ -89,7 +102,7 @@ class Scheduler:
     @property
     def num_running(self) -> int:
         """Requests that own a slot, those about to leave it included."""
-        return self.limits.max_running - len(self._free_slots)
+        return self.limits.max_running - len(self._slots.free)
 
     @property
     def is_idle(self) -> bool:
@@ -100,8 +113,7 @@ class Scheduler:
         """Take a new request into the queue, or say why not. Ids must be unique among the live."""
         decision = self.admission.decide(
             request,
-            self._blocks_for(request.max_length - 1),  # the last token's KV is never computed
-            self.limits.num_blocks,
+            self.limits.longest,
             self.num_waiting,
             self.waiting_tokens,
         )
@@ -134,10 +146,12 @@ class Scheduler:
             return False
         request.finish, request.stop_token, request.error = reason, stop_token, error
         self._ended.append(request)
-        self.admission.ended(now_s)
+        self.admission.ended(now_s, self.num_waiting)
         if request.deadline_s is not None:
             self._deadlines.gone()
         if request.slot != NO_SLOT:
+            self._keep_outputs(request)
+            self._slots.is_live[request.slot] = False
             self._leave_slot(request)
         else:
             self._count_waiting(request, -1)
@@ -148,9 +162,13 @@ class Scheduler:
 
     def request_at(self, slot: int) -> Request:
         """The request that owns a slot. It keeps it until its last launched step is applied."""
-        request = self._request_of_slot[slot]
+        request = self._slots.requests[slot]
         assert request is not None, f"slot {slot} has no request"
         return request
+
+    def blocks_of(self, request: Request) -> BlockIds:
+        """The block table of a request that owns a slot, as a view."""
+        return self._slots.blocks(request.slot)
 
     def take_ended(self) -> list[Request]:
         """Requests that have ended since the last call, each exactly once."""
@@ -158,8 +176,12 @@ class Scheduler:
         return ended
 
     def expire(self, now_s: float) -> None:
-        """End every request whose deadline has passed."""
+        """End every request whose deadline has passed, or can't be met by starting now."""
         while (request := self._deadlines.head(limit=now_s)) is not None:
+            did_end = self.finish(request.id, Finish.DEADLINE, now_s)
+            assert did_end, "deadlines are those of live requests"
+        while (request := self.policy.hopeless(now_s)) is not None:
+            self.counters.shed += 1
             self.finish(request.id, Finish.DEADLINE, now_s)
 
     def abandon(self, error: str, now_s: float = 0.0) -> None:
@@ -184,7 +206,7 @@ class Scheduler:
         plan = StepPlan(self._step + 1, released=self._released)
         preemptions = self.counters.preemptions
         self._plan_decodes(plan)
-        budget = self.limits.max_step_tokens - plan.num_decodes
+        budget = self._prefill_budget(plan)
         for request in list(self._prefilling.values()):
             budget -= self._plan_chunk(plan, request, budget)
         if self.counters.preemptions == preemptions:  # admit nobody where memory has just run out
@@ -193,71 +215,105 @@ class Scheduler:
             return None
         self._step = plan.step
         self._released = []
-        self._planned_decodes[plan.decode_leaves] = False
-        self._planned_decodes[plan.decode_joins] = True
+        if plan.decode_leaves or plan.decode_joins:
+            self._planned_decodes[plan.decode_leaves] = False
+            self._planned_decodes[plan.decode_joins] = True
         return plan
 
-    def apply(self, result: StepResult, now_s: float = 0.0) -> list[tuple[Request, int]]:
-        """Take in a step's tokens, oldest step first; returns (request, token) of the live.
+    def apply(self, result: StepResult, now_s: float = 0.0) -> Drawn:
+        """Take in a step's tokens, oldest step first; returns those of the live.
 
         Requests that end here also appear in `take_ended()`.
         """
         self._applied = result.step
-        drawn = []
-        columns = (result.slots, result.token_ids, result.stopped, result.ok)
-        for slot, token, stopped, ok in zip(*(column.tolist() for column in columns), strict=True):
-            request = self.request_at(slot)
-            if request.finish is not None:
-                continue  # it ended while this step was in flight
-            if not ok:
-                error = "no token could be drawn: the logits are NaN, or no token is allowed"
-                self.finish(request.id, Finish.ERROR, now_s, error=error)
-                continue
-            request.outputs.append(token)
-            drawn.append((request, token))
-            if stopped:
-                self.finish(request.id, Finish.STOP, now_s, stop_token=token)
-            elif len(request.outputs) == request.max_tokens:
-                self.finish(request.id, Finish.LENGTH, now_s)
+        slots, token_ids, stopped = result.slots, result.token_ids, result.stopped
+        is_live = self._slots.is_live[slots]  # others ended while this step was in flight
+        has_token = is_live & result.ok
+        if np.count_nonzero(has_token) < len(slots):
+            self._fail(slots[is_live & ~result.ok], now_s)
+            slots, token_ids, stopped = slots[has_token], token_ids[has_token], stopped[has_token]
+        self._slots.append(slots, token_ids)
+        self.policy.drew(slots)
+        drawn = Drawn(self._slots.ids[slots], token_ids)
+        for row in stopped.nonzero()[0].tolist():
+            stop_token = int(token_ids[row])
+            self.finish(int(drawn.request_ids[row]), Finish.STOP, now_s, stop_token=stop_token)
+        for slot in self._slots.at_length().tolist():
+            self.finish(self.request_at(slot).id, Finish.LENGTH, now_s)
         for request in self._closing.pop(result.step, ()):
-            self._coming_blocks -= len(request.blocks)
+            self._coming_blocks -= len(self.blocks_of(request))
             self._release(request)
         return drawn
+
+    def _fail(self, slots: Slots, now_s: float) -> None:
+        error = "no token could be drawn: the logits are NaN, or no token is allowed"
+        for slot in slots.tolist():
+            self.finish(self.request_at(slot).id, Finish.ERROR, now_s, error=error)
 
     # ------------------------------------------------------------ parts of schedule()
 
     def _plan_decodes(self, plan: StepPlan) -> None:
         """One token for every decoding slot; a block first for those that begin one."""
-        slots = np.flatnonzero(self._decodes)
-        crossing = slots[self._length[slots] % self.limits.block_size == 0]
+        table = self._slots
+        crossing = (table.decodes & (table.computed == table.capacity)).nonzero()[0]
+        stalled = self._grow(plan, crossing) if len(crossing) else []
+        decodes = table.decodes
+        if stalled:  # they try again in the next step
+            decodes = decodes.copy()
+            decodes[stalled] = False
+        changed = (decodes != self._planned_decodes).nonzero()[0]
+        if len(changed):
+            joins = decodes[changed]
+            plan.decode_leaves = changed[~joins].tolist()
+            plan.decode_joins = changed[joins].tolist()
+        plan.num_decodes = int(np.count_nonzero(decodes))
+        table.computed += decodes
+        table.last_step[decodes] = plan.step
+        # One whose last token this step draws is not planned past it.
+        table.decodes &= table.computed != table.end
+
+    def _grow(self, plan: StepPlan, crossing: Slots) -> list[int]:
+        """A new block for each of these decoding slots; returns those that get none for now."""
+        blocks = self.pool.take(len(crossing))
+        if blocks is not None:
+            plan.block_appends = self._slots.add_blocks(crossing, blocks)
+            return []
         stalled: list[int] = []
         for slot in crossing.tolist():
-            if self._decodes[slot] and not self._grow(plan, slot, len(stalled)):
+            if self._slots.decodes[slot] and not self._grow_one(plan, slot, len(stalled)):
                 stalled.append(slot)
-        decodes = self._decodes.copy()
-        decodes[stalled] = False  # they try again in the next step
+        decodes = self._slots.decodes  # without those that were preempted meanwhile
         plan.block_appends = [row for row in plan.block_appends if decodes[row[0]]]
-        plan.decode_leaves = np.flatnonzero(self._planned_decodes & ~decodes).tolist()
-        plan.decode_joins = np.flatnonzero(decodes & ~self._planned_decodes).tolist()
-        slots = np.flatnonzero(decodes)
-        plan.num_decodes = len(slots)
-        self._length[slots] += 1
-        self._last_step[slots] = plan.step
-        # One whose last token this step draws is not planned past it.
-        self._decodes[slots[self._length[slots] == self._end[slots]]] = False
+        # The last to yield may have brought blocks enough for some that had stalled before.
+        return [slot for slot in stalled if decodes[slot] and not self._extend(plan, slot)]
 
-    def _grow(self, plan: StepPlan, slot: int, num_stalled: int) -> bool:
+    def _grow_one(self, plan: StepPlan, slot: int, num_stalled: int) -> bool:
         """Append a block to a decoding slot, preempting others for it; False: not in this step."""
-        while (block := self.pool.take()) is None:
+        while not self._extend(plan, slot):
             if self._coming_blocks > num_stalled:
                 return False  # enough is on its way back; preempting more would be in vain
             self._preempt(self.policy.victim(self._running()))
-            if not self._decodes[slot]:
+            if not self._slots.decodes[slot]:
                 return False  # it was the victim itself
-        request = self.request_at(slot)
-        plan.block_appends.append((slot, len(request.blocks), block))
-        request.blocks.append(block)
         return True
+
+    def _extend(self, plan: StepPlan, slot: int) -> bool:
+        block = self.pool.take(1)
+        if block is not None:
+            plan.block_appends += self._slots.add_blocks(np.array([slot]), block)
+        return block is not None
+
+    def _prefill_budget(self, plan: StepPlan) -> int:
+        """Tokens left for prompts: within the step's limit, and the time that streams may wait."""
+        budget = self.limits.max_step_tokens - plan.num_decodes
+        if self.cost is None:
+            return budget
+        table = self._slots
+        plan.context_tokens = int(table.computed @ (table.last_step == plan.step))
+        target_s = self.limits.itl_target_s
+        if target_s is None or plan.num_decodes == 0:
+            return budget
+        return min(budget, self.cost.budget(target_s, plan.num_decodes, plan.context_tokens))
 
     def _plan_chunk(self, plan: StepPlan, request: Request, budget: int) -> int:
         """The next part of a prompt, as far as the budget goes; returns its length."""
@@ -268,24 +324,23 @@ class Scheduler:
         chunk = PrefillChunk(request.slot, request.num_computed, length, length == missing)
         plan.prefill.append(chunk)
         request.num_computed += length
-        self._length[request.slot] = request.num_computed
-        self._last_step[request.slot] = plan.step
+        self._slots.computed[request.slot] = request.num_computed
+        self._slots.last_step[request.slot] = plan.step
+        self._remember(request)
         if chunk.samples:
             self._prefilled(request)
         return length
 
     def _prefilled(self, request: Request) -> None:
         """All known tokens are computed: from the next step on it decodes."""
-        slot = request.slot
+        slot, table = request.slot, self._slots
         del self._prefilling[slot]
-        self._end[slot] = request.max_length - 1
-        self._decodes[slot] = self._length[slot] < self._end[slot]
-        self._remember(request)
+        table.decodes[slot] = table.computed[slot] != table.end[slot]
         self._free_followers(request)
 
     def _admit(self, plan: StepPlan, budget: int, now_s: float) -> None:
         """Give slots and blocks to waiting requests, in the policy's order and never past it."""
-        while budget > 0 and self._free_slots and (request := self.policy.head()) is not None:
+        while budget > 0 and self._slots.free and (request := self.policy.head()) is not None:
             if not self._place(plan, request):
                 return
             self.policy.pop()
@@ -296,31 +351,31 @@ class Scheduler:
 
     def _place(self, plan: StepPlan, request: Request) -> bool:
         """Reserve a slot, and blocks for all known tokens; False: there aren't enough blocks."""
-        known = request.known_tokens()
-        hits = self._cached_prefix(request, known)
-        need = self._blocks_for(len(known)) - len(hits)
-        idle_hits = sum(self.pool.refs[block] == 0 for block in hits)
-        if self.pool.num_available - idle_hits < need:
+        hits = self._cached_prefix(request)
+        need = self._blocks_for(request.num_known) - len(hits)
+        if self.pool.num_available - self.pool.num_idle(hits) < need:
             return False
         self.pool.share(hits)  # before taking others, which may evict
-        request.blocks = hits + [self._take() for _ in range(need)]
-        request.slot = self._free_slots.pop()
+        fresh = self.pool.take(need)
+        assert fresh is not None, "blocks were counted before they were taken"
+        blocks = np.concatenate([hits, fresh])
         request.num_computed = len(hits) * self.limits.block_size
+        chain = Chain(request.tenant, len(hits), is_closed=not self.limits.prefix_caching)
+        slot = self._slots.occupy(request, blocks, request.num_computed, chain)
         if request.num_preemptions == 0:
             request.cached_tokens = request.num_computed
-            self.counters.prefix_query_tokens += len(known) if request.read_cache else 0
+            self.counters.prefix_query_tokens += len(request.prompt) if request.read_cache else 0
             self.counters.prefix_hit_tokens += request.cached_tokens
-        self._request_of_slot[request.slot] = request
-        self._prefilling[request.slot] = request
+        self._prefilling[slot] = request
         plan.admitted.append(request)
-        plan.block_appends += [(request.slot, i, block) for i, block in enumerate(request.blocks)]
+        plan.block_appends += zip(repeat(slot), count(), blocks.tolist())
         return True
 
-    def _cached_prefix(self, request: Request, known: npt.NDArray[np.int32]) -> list[int]:
+    def _cached_prefix(self, request: Request) -> BlockIds:
         """Cached blocks to begin with; at least one token is left to compute."""
         if not (self.limits.prefix_caching and request.read_cache):
-            return []
-        return self.cache.match(known[: len(known) - 1])
+            return np.empty(0, np.int32)
+        return self.cache.match(request.known_tokens()[:-1], request.tenant)
 
     # ------------------------------------------------------------ leaving a slot
 
@@ -336,13 +391,13 @@ class Scheduler:
             return
         slot = request.slot
         request.is_closing = True
-        request.num_computed = int(self._length[slot])
-        self._decodes[slot] = False
+        request.num_computed = int(self._slots.computed[slot])
+        self._slots.decodes[slot] = False
         self._prefilling.pop(slot, None)
-        last_step = int(self._last_step[slot])
+        last_step = int(self._slots.last_step[slot])
         if last_step > self._applied:
             self._closing[last_step].append(request)
-            self._coming_blocks += len(request.blocks)
+            self._coming_blocks += len(self.blocks_of(request))
         else:
             self._release(request)
 
@@ -350,11 +405,13 @@ class Scheduler:
         """Slot and blocks go back; full blocks stay cached. A preempted request waits again."""
         if request.finish is not Finish.ERROR:
             self._remember(request)
-        self.pool.give_back(request.blocks)
-        self._request_of_slot[request.slot] = None
-        self._free_slots.append(request.slot)
+        if request.finish is None:
+            self._keep_outputs(request)
+        self.pool.give_back(self.blocks_of(request))
+        self.policy.left(request)
         self._released.append(request.slot)
-        request.slot, request.blocks, request.is_closing = NO_SLOT, [], False
+        self._slots.vacate(request.slot)
+        request.is_closing = False
         if request.finish is None:
             request.num_computed = 0
             self._count_waiting(request, +1)
@@ -362,9 +419,12 @@ class Scheduler:
 
     def _remember(self, request: Request) -> None:
         """Index its full blocks whose tokens are both known and computed."""
-        if self.limits.prefix_caching:
-            valid = min(request.num_computed, request.num_known)
-            self.cache.insert(request.known_tokens()[:valid], request.blocks)
+        slot, table = request.slot, self._slots
+        valid = table.tokens(slot)[: request.num_computed]
+        self.cache.insert(valid, table.blocks(slot), table.chains[slot])
+
+    def _keep_outputs(self, request: Request) -> None:
+        request.outputs = self._slots.tokens(request.slot)[len(request.prompt) :].tolist()
 
     # ------------------------------------------------------------ small things
 
@@ -383,12 +443,7 @@ class Scheduler:
         self.waiting_tokens += sign * len(request.prompt)
 
     def _running(self) -> list[Request]:
-        return [r for r in self._request_of_slot if r is not None and not r.is_closing]
-
-    def _take(self) -> int:
-        block = self.pool.take()
-        assert block is not None, "blocks were counted before they were taken"
-        return block
+        return [r for r in self._slots.requests if r is not None and not r.is_closing]
 
     def _blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.limits.block_size)

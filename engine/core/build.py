@@ -19,6 +19,8 @@ from millrace.engine.runner.runner import Runner
 from millrace.engine.weights.checkpoint import open_checkpoint
 from millrace.engine.weights.locate import ModelLocation
 from millrace.kernels.dispatch import Operations, operations
+from millrace.scheduler.cost_model import CostModel
+from millrace.scheduler.policies import make_policy
 from millrace.scheduler.scheduler import Limits, Scheduler
 
 
@@ -58,7 +60,7 @@ def build_core(
     )
     num_blocks = kv_blocks(config, model, placement.dtype, placement.device)
     runner = _build_runner(config, model, decoder, placement, num_blocks, max_context)
-    core = EngineCore(Scheduler(_limits(config, num_blocks)), runner, run_ahead)
+    core = EngineCore(_build_scheduler(config, num_blocks, max_context), runner, run_ahead)
     ready = Ready(
         model=config.served_name or location.name,
         architecture=model.architecture,
@@ -120,7 +122,21 @@ def _build_runner(
     return Runner(decoder, placement.operations, kv, table)
 
 
-def _limits(config: EngineConfig, num_blocks: int) -> Limits:
+def _build_scheduler(config: EngineConfig, num_blocks: int, max_context: int) -> Scheduler:
+    cost = CostModel()
+    policy = make_policy(
+        config.policy,
+        config.max_running,
+        config.priority_aging_s,
+        first_token_s=lambda request: cost.prefill_s(request.num_known),
+    )
+    asks_for_cost = config.itl_target_ms is not None or config.policy == "deadline"
+    limits = _limits(config, num_blocks, max_context)
+    return Scheduler(limits, policy, cost if asks_for_cost else None)
+
+
+def _limits(config: EngineConfig, num_blocks: int, max_context: int) -> Limits:
+    target_ms = config.itl_target_ms
     return Limits(
         num_blocks=num_blocks,
         block_size=config.block_size,
@@ -128,5 +144,8 @@ def _limits(config: EngineConfig, num_blocks: int) -> Limits:
         max_step_tokens=config.max_step_tokens,
         max_waiting=config.max_waiting,
         max_waiting_tokens=config.max_waiting_tokens,
+        max_context=max_context,
+        max_wait_s=config.max_wait_s,
+        itl_target_s=None if target_ms is None else target_ms / 1000,
         prefix_caching=config.prefix_caching,
     )

@@ -28,6 +28,7 @@ from millrace.engine.core.messages import (
 )
 from millrace.engine.runner.runner import LaunchedStep, Runner
 from millrace.scheduler.admission import Refused
+from millrace.scheduler.cost_model import StepLoad
 from millrace.scheduler.invariants import check
 from millrace.scheduler.plan import StepPlan
 from millrace.scheduler.request import Finish, Request
@@ -44,6 +45,9 @@ class EngineCore:
         self._runner = runner
         self._run_ahead = run_ahead
         self._launched: deque[LaunchedStep] = deque()
+        self._requests: dict[int, Request] = {}  # accepted, and their end not published yet
+        self._loads: deque[tuple[StepLoad, float]] = deque()  # of those launched, and when
+        self._answered_s = 0.0  # when the device gave the last result
         self._deltas: dict[int, Delta] = {}  # by request, since the last publication
         self._answers: list[FromCore] = []
         self._num_scored: dict[int, int] = {}  # request -> prompt positions reported
@@ -87,11 +91,15 @@ class EngineCore:
 
     def _execute(self, plan: StepPlan) -> bool:
         """Launch a plan. A failure ends all that run; the engine itself goes on."""
+        prefill_tokens = plan.num_tokens - plan.num_decodes
+        load = StepLoad(prefill_tokens, plan.num_decodes, plan.context_tokens)
+        self._loads.append((load, time.monotonic()))
         try:
             self._launched.append(self._runner.execute(plan))
         except Exception as error:
             log.exception("step %d failed", plan.step)
             self._launched.clear()
+            self._loads.clear()
             self._runner.forget_decodes()
             self.scheduler.abandon(f"the step failed: {error}", time.monotonic())
             return False
@@ -100,14 +108,25 @@ class EngineCore:
     def _apply(self, launched: LaunchedStep) -> None:
         """Wait for a step's tokens and turn them into deltas."""
         result, logprobs = launched.result(), launched.logprobs()
+        self._measure()
         for slot, (start, scored) in launched.prompt_logprobs.items():
             self._report_prompt(self.scheduler.request_at(slot), start, scored)
-        slot_of = {id(self.scheduler.request_at(slot)): slot for slot in logprobs}
-        for request, token in self.scheduler.apply(result, time.monotonic()):
-            delta = self._delta(request)
+        scores = {self.scheduler.request_at(slot).id: logprobs[slot] for slot in logprobs}
+        drawn = self.scheduler.apply(result, time.monotonic())
+        columns = (drawn.request_ids.tolist(), drawn.token_ids.tolist())
+        for request_id, token in zip(*columns, strict=True):
+            delta = self._delta(self._requests[request_id])
             delta.token_ids.append(token)
-            if id(request) in slot_of:
-                delta.logprobs = [*(delta.logprobs or ()), logprobs[slot_of[id(request)]]]
+            if request_id in scores:
+                delta.logprobs = [*(delta.logprobs or ()), scores[request_id]]
+
+    def _measure(self) -> None:
+        """Tell the cost model how long the oldest launched step took."""
+        now = time.monotonic()
+        load, launched_s = self._loads.popleft()
+        if self.scheduler.cost is not None:
+            self.scheduler.cost.measured(load, now - max(launched_s, self._answered_s))
+        self._answered_s = now
 
     def _report_prompt(self, request: Request, start: int, scored: list[TokenLogprobs]) -> None:
         """Prompt logprobs, once each: a preempted request computes its prompt again."""
@@ -126,6 +145,7 @@ class EngineCore:
             prompt=np.frombuffer(message.prompt, dtype="<i4").astype(np.int32),
             max_tokens=message.max_tokens,
             payload=message,
+            arrived_s=message.arrival_s,
             deadline_s=message.deadline_s,
             leader=message.leader,
             read_cache=message.params.prompt_logprobs is None,
@@ -141,6 +161,8 @@ class EngineCore:
                 limit=decision.limit,
                 retry_after_s=decision.retry_after_s,
             )
+        else:
+            self._requests[message.id] = request
 
     def _delta(self, request: Request) -> Delta:
         delta = self._deltas.get(request.id)
@@ -158,6 +180,7 @@ class EngineCore:
             delta.stop_token_id = request.stop_token
             delta.error = request.error
             self._num_scored.pop(request.id, None)
+            del self._requests[request.id]
         output: list[FromCore] = [
             *self._answers,
             StepOutput(list(self._deltas.values()), self._stats),

@@ -52,7 +52,8 @@ def test_every_setting_can_come_from_each_place(monkeypatch, yaml_file):
         **{"max_waiting": 8, "max_waiting_tokens": 9, "max_step_tokens": 64, "block_size": 32},
         **{"kv_cache_memory": 10, "gpu_memory_fraction": 0.5, "prefix_caching": False},
         **{"host": "::1", "port": 11, "http_port": 12, "drain_timeout_s": 1.5},
-        **{"default_timeout_s": 2.5, "seed": 13},
+        **{"default_timeout_s": 2.5, "seed": 13, "policy": "fair_share", "max_wait_s": 3.5},
+        **{"priority_aging_s": 4.5, "itl_target_ms": 50.0},
     }
     expected = EngineConfig(**values)
     assert set(values) == {field.name for field in dataclasses.fields(EngineConfig)}
@@ -86,6 +87,10 @@ def test_an_empty_file_is_no_settings(yaml_file):
         ("max_step_tokens", 0),
         ("max_step_tokens", 63),  # below max_running
         ("block_size", 24),
+        ("policy", "lottery"),
+        ("max_wait_s", -1.0),
+        ("priority_aging_s", -1.0),
+        ("itl_target_ms", -1.0),
         ("kv_cache_memory", 0),
         ("gpu_memory_fraction", 0.0),
         ("gpu_memory_fraction", 1.01),

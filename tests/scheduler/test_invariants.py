@@ -28,34 +28,39 @@ def scheduler():
     return scheduler
 
 
+def block_of(scheduler, index):
+    """Of request 0's table."""
+    return int(scheduler.blocks_of(scheduler.requests[0])[index])
+
+
 def lose_a_block(scheduler):
-    scheduler.pool._free.pop()
+    scheduler.pool._num_free -= 1
 
 
 def free_a_block_twice(scheduler):
-    scheduler.pool._free.append(scheduler.pool._free[0])
+    scheduler.pool._free[1] = scheduler.pool._free[0]
 
 
 def free_a_block_in_use(scheduler):
-    scheduler.pool._free.append(scheduler.requests[0].blocks[0])
+    scheduler.pool._free[0] = block_of(scheduler, 0)
 
 
 def miscount_references(scheduler):
-    scheduler.pool.refs[scheduler.requests[0].blocks[0]] += 1
+    scheduler.pool.refs[block_of(scheduler, 0)] += 1
 
 
 def share_an_unfinished_block(scheduler):
-    block = scheduler.requests[0].blocks[-1]
-    scheduler.requests[1].blocks.append(block)
+    block = block_of(scheduler, -1)
+    scheduler._slots.add_blocks(np.array([scheduler.requests[1].slot]), np.array([block]))
     scheduler.pool.refs[block] += 1
 
 
 def lose_a_slot(scheduler):
-    scheduler._request_of_slot[scheduler.requests[0].slot] = None
+    scheduler._slots.requests[scheduler.requests[0].slot] = None
 
 
 def give_a_slot_two_roles(scheduler):
-    scheduler._decodes[scheduler.requests[1].slot] = True
+    scheduler._slots.decodes[scheduler.requests[1].slot] = True
 
 
 def miscount_the_waiting(scheduler):
@@ -71,18 +76,18 @@ def lose_the_queue(scheduler):
 
 
 def run_past_the_table(scheduler):
-    scheduler._length[scheduler.requests[0].slot] += 8
+    scheduler._slots.computed[scheduler.requests[0].slot] += 8
 
 
 def forget_a_parent(scheduler):
-    """Node 1 is the first block of request 0's prompt, node 2 the second."""
-    node = scheduler.cache._nodes.pop(1)
-    del scheduler.cache._ids[node.parent, node.key]
-    del scheduler.cache._node_of_block[node.block]
+    block = block_of(scheduler, 0)
+    del scheduler.cache._child[scheduler.cache._key[block]]
+    scheduler.cache._key[block] = None
+    scheduler.cache._is_cached[block] = False
 
 
 def cache_other_tokens(scheduler):
-    scheduler.requests[0].prompt[0] += 1
+    scheduler._slots.tokens(scheduler.requests[0].slot)[0] += 1
 
 
 def close_without_waiting(scheduler):

@@ -13,12 +13,16 @@ from dataclasses import dataclass
 
 import pytest
 
+from millrace.perf.sim.world import simulate
 from millrace.scheduler.block_pool import BlockPool
-from millrace.scheduler.policy import FirstComeFirstServed
+from millrace.scheduler.deadline_first import EarliestDeadlineFirst
+from millrace.scheduler.fair_share import FairShare
+from millrace.scheduler.policy import FirstComeFirstServed, Ordered
 from millrace.scheduler.prefix_cache import PrefixCache
+from millrace.scheduler.priority import PriorityWithAging
 from millrace.scheduler.request_heap import RequestHeap
 from millrace.scheduler.scheduler import Scheduler
-from tests.scheduler.sim.world import simulate
+from millrace.scheduler.slots import SlotTable
 
 MAX_SEEDS = 300  # as many as an ordinary run of the simulation goes through
 
@@ -33,7 +37,7 @@ class Bug:
 BUGS = {
     # Blocks
     "a block is asked for one token late": Bug(
-        Scheduler, "_plan_decodes", {"limits.block_size == 0": "limits.block_size == 1"}
+        Scheduler, "_plan_decodes", {"table.capacity)": "table.capacity + 1)"}
     ),
     "slot and blocks are freed while a step with them is in flight": Bug(
         Scheduler, "_leave_slot", {"if last_step > self._applied:": "if False:"}
@@ -43,57 +47,72 @@ BUGS = {
         "_place",
         {
             "self.pool.share(hits)": "pass",
-            "request.slot = self": "self.pool.share(hits); request.slot = self",
+            "assert fresh is": "self.pool.share(hits)\n    assert fresh is",
         },
     ),
     "hits that are idle are counted as blocks to be had": Bug(
-        Scheduler, "_place", {"self.pool.num_available - idle_hits": "self.pool.num_available"}
+        Scheduler, "_place", {" - self.pool.num_idle(hits)": ""}
     ),
-    "blocks are given back head first": Bug(BlockPool, "give_back", {"reversed(blocks)": "blocks"}),
+    "blocks are given back head first": Bug(
+        BlockPool,
+        "give_back",
+        {
+            "blocks[::-1][self.refs[blocks[::-1]] == 0]": "blocks[self.refs[blocks] == 0]",
+        },
+    ),
     "a shared block is freed by its first owner": Bug(
-        BlockPool, "give_back", {"if self.refs[block] == 0 and": "if"}
+        BlockPool, "give_back", {"[self.refs[blocks[::-1]] == 0]": ""}
     ),
     # Prefix cache
     "a prompt that is cached whole leaves nothing to compute": Bug(
-        Scheduler, "_cached_prefix", {"known[: len(known) - 1]": "known"}
+        Scheduler, "_cached_prefix", {"known_tokens()[:-1]": "known_tokens()"}
     ),
     "blocks not computed yet are cached": Bug(
-        Scheduler, "_remember", {"min(request.num_computed, request.num_known)": "None"}
+        Scheduler, "_remember", {"[: request.num_computed]": ""}
     ),
     "a chain goes on behind another's block": Bug(
         PrefixCache,
         "insert",
-        {"            return": "            pass"},
+        {"            last = index\n": "", "            break\n": ""},
     ),
     "prefixes match whatever comes before them": Bug(
-        PrefixCache, "match", {"node = child\n": "pass\n"}
+        PrefixCache, "match", {"node = blocks[-1]": "pass"}
     ),
     "KV of lost steps is trusted": Bug(Scheduler, "abandon", {"self.pool.flush()": "pass"}),
     "tokens computed again count as hits": Bug(
         Scheduler, "_place", {"if request.num_preemptions == 0:": "if True:"}
     ),
+    "a leap outlives the block that it leads to": Bug(
+        PrefixCache, "evict", {"del self._leaps[leap_from]": "pass"}
+    ),
+    "leaps are not told apart": Bug(
+        PrefixCache, "match", {"leap is not None and data.startswith(leap[0], start)": "leap"}
+    ),
+    "a tenant's prefixes are kept under another's name": Bug(
+        Scheduler, "_place", {"Chain(request.tenant,": 'Chain("a",'}
+    ),
     # Preemption
     "a preempted request forgets what it said": Bug(
         Scheduler,
-        "_preempt",
-        {"self._leave_slot(request)": "request.outputs.clear()\n    self._leave_slot(request)"},
+        "_release",
+        {"self._keep_outputs(request)": "request.outputs.clear()"},
     ),
     "coming blocks are ignored, and the whole batch is preempted": Bug(
-        Scheduler, "_grow", {"self._coming_blocks > num_stalled": "False"}
+        Scheduler, "_grow_one", {"self._coming_blocks > num_stalled": "False"}
     ),
-    "the oldest yields": Bug(FirstComeFirstServed, "victim", {"max(": "min("}),
+    "the oldest yields": Bug(Ordered, "victim", {"max(": "min("}),
     "new requests take what the preempted gave up": Bug(
         Scheduler, "schedule", {"if self.counters.preemptions == preemptions:": "if True:"}
     ),
     "a preempted slot keeps the block it was to get": Bug(
-        Scheduler, "_plan_decodes", {"if decodes[row[0]]": ""}
+        Scheduler, "_grow", {"if decodes[row[0]]": ""}
     ),
     # Ends
     "a request that has ended goes on drawing": Bug(
-        Scheduler, "apply", {"if request.finish is not None:": "if False:"}
+        Scheduler, "finish", {"self._slots.is_live[request.slot] = False": "pass"}
     ),
     "a request is planned past its last token": Bug(
-        Scheduler, "_prefilled", {"request.max_length - 1": "request.max_length"}
+        SlotTable, "occupy", {"= request.max_length - 1": "= request.max_length"}
     ),
     "an ended request stays in the decoding set": Bug(
         Scheduler, "schedule", {"self._planned_decodes[plan.decode_leaves] = False": "pass"}
@@ -105,14 +124,35 @@ BUGS = {
         Scheduler, "finish", {"self._count_waiting(request, -1)": "pass"}
     ),
     "a request that failed is only passed over": Bug(
-        Scheduler, "apply", {"self.finish(request.id, Finish.ERROR, now_s, error=error)": "pass"}
+        Scheduler,
+        "_fail",
+        {"self.finish(self.request_at(slot).id, Finish.ERROR, now_s, error=error)": "pass"},
     ),
     # Order and budget
     "decodes are not taken from the budget": Bug(
-        Scheduler, "schedule", {"max_step_tokens - plan.num_decodes": "max_step_tokens"}
+        Scheduler, "_prefill_budget", {" - plan.num_decodes": ""}
     ),
     "the last to come is served first": Bug(
-        FirstComeFirstServed, "push", {"request.arrival,": "-request.arrival,"}
+        FirstComeFirstServed, "key", {"return request.arrival": "return -request.arrival"}
+    ),
+    "a class waits no longer than the others": Bug(
+        PriorityWithAging, "key", {" + request.priority * self._aging_s": ""}
+    ),
+    "what is due last is first": Bug(
+        EarliestDeadlineFirst, "key", {"else request.deadline_s": "else -request.deadline_s"}
+    ),
+    "requests are shed that could still make it": Bug(
+        EarliestDeadlineFirst, "hopeless", {"now_s + self": "now_s + 2 * self"}
+    ),
+    "a tenant that begins to wait is not lifted": Bug(
+        FairShare, "push", {"max(tenant.counter, self._floor())": "tenant.counter - 1.0"}
+    ),
+    "the prompt is charged again after a preemption": Bug(
+        FairShare, "pop", {"if request.num_preemptions == 0:": "if True:"}
+    ),
+    "output is free": Bug(FairShare, "drew", {"self._price[slots]": "0"}),
+    "a tenant out of date in the order goes first": Bug(
+        FairShare, "_first", {"tenant.counter != counter": "False"}
     ),
     "the ended at the head of a queue are handed out": Bug(
         RequestHeap, "head", {"self._entries[0][2].finish is not None": "False"}

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from millrace.scheduler.block_pool import BlockPool
-from millrace.scheduler.prefix_cache import PrefixCache
+from millrace.scheduler.prefix_cache import Chain, PrefixCache
 
 BLOCK_SIZE = 2
 PROMPTS = st.lists(st.integers(0, 1), min_size=1, max_size=9)
@@ -21,42 +21,43 @@ class PoolMachine(RuleBasedStateMachine):
 
     @initialize(num_blocks=st.integers(1, 8))
     def make(self, num_blocks):
-        self.cache = PrefixCache(BLOCK_SIZE)
+        self.cache = PrefixCache(BLOCK_SIZE, num_blocks)
         self.pool = BlockPool(num_blocks, self.cache)
-        self.tables: list[tuple[list[int], list[int]]] = []  # tokens, blocks
+        self.tables: list[tuple[list[int], list[int], Chain]] = []  # tokens, blocks
         self.holds: dict[int, list[int]] = {}  # block -> tokens up to its end
 
     @rule(tokens=PROMPTS)
     def admit(self, tokens):
-        hits = self.cache.match(as_array(tokens[:-1]))
+        hits = self.cache.match(as_array(tokens[:-1])).tolist()
         for index, block in enumerate(hits):
             assert self.holds[block] == tokens[: (index + 1) * BLOCK_SIZE]
-        self.pool.share(hits)
+        self.pool.share(as_array(hits))
         blocks = list(hits)
         while len(blocks) * BLOCK_SIZE < len(tokens):
-            block = self.pool.take()
-            if block is None:
-                self.pool.give_back(blocks)
+            taken = self.pool.take(1)
+            if taken is None:
+                self.pool.give_back(as_array(blocks))
                 return
-            assert all(block not in table for _, table in self.tables), "taken from its owner"
+            (block,) = taken.tolist()
+            assert all(block not in table for _, table, _ in self.tables), "taken from its owner"
             assert block not in blocks, "taken twice"
             blocks.append(block)
             self.holds[block] = tokens[: len(blocks) * BLOCK_SIZE]
-        self.tables.append((tokens, blocks))
+        self.tables.append((tokens, blocks, Chain(num_blocks=len(hits))))
 
     @precondition(lambda self: self.tables)
     @rule(data=st.data())
     def remember(self, data):
-        tokens, blocks = data.draw(st.sampled_from(self.tables))
-        self.cache.insert(as_array(tokens), blocks)
+        tokens, blocks, chain = data.draw(st.sampled_from(self.tables))
+        self.cache.insert(as_array(tokens), as_array(blocks), chain)
         if len(tokens) >= BLOCK_SIZE:
-            assert self.cache.match(as_array(tokens)), "nothing was remembered"
+            assert len(self.cache.match(as_array(tokens))), "nothing was remembered"
 
     @precondition(lambda self: self.tables)
     @rule(data=st.data())
     def leave(self, data):
         index = data.draw(st.integers(0, len(self.tables) - 1))
-        self.pool.give_back(self.tables.pop(index)[1])
+        self.pool.give_back(as_array(self.tables.pop(index)[1]))
 
     @rule()
     def flush(self):
@@ -66,23 +67,24 @@ class PoolMachine(RuleBasedStateMachine):
     @rule()
     def take_all_there_is(self):
         """Every block that is called available can be had."""
-        taken = [self.pool.take() for _ in range(self.pool.num_available)]
-        assert None not in taken
-        assert self.pool.take() is None
-        self.pool.give_back([block for block in taken if block is not None])
+        taken = self.pool.take(self.pool.num_available)
+        assert taken is not None
+        assert self.pool.take(1) is None
+        self.pool.give_back(taken)
 
     @invariant()
     def references_are_the_tables(self):
         if not hasattr(self, "pool"):
             return
-        held = [block for _, blocks in self.tables for block in blocks]
-        assert self.pool.refs == [held.count(block) for block in range(self.pool.num_blocks)]
+        held = [block for _, blocks, _ in self.tables for block in blocks]
+        counts = [held.count(block) for block in range(self.pool.num_blocks)]
+        assert self.pool.refs.tolist() == counts
         assert self.pool.num_referenced == len(set(held))
 
     @invariant()
     def what_is_matched_is_what_was_written(self):
-        for tokens, _ in getattr(self, "tables", []):
-            for index, block in enumerate(self.cache.match(as_array(tokens))):
+        for tokens, _, _ in getattr(self, "tables", []):
+            for index, block in enumerate(self.cache.match(as_array(tokens)).tolist()):
                 assert self.holds[block] == tokens[: (index + 1) * BLOCK_SIZE]
 
 

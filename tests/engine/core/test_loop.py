@@ -236,3 +236,22 @@ def test_nan_logits_fail_their_own_row_only(make_world, monkeypatch):
     world.run()
     assert world.got[3].finish == ["error"]
     assert world.tokens(2) == expected
+
+
+@pytest.mark.parametrize("policy", ["first_come", "priority", "fair_share", "deadline"])
+def test_every_policy_serves_the_same_tokens(make_world, prompts, policy):
+    plain, other = make_world(), make_world(policy=policy, itl_target_ms=5.0)
+    for world in (plain, other):
+        for index, prompt in enumerate(prompts):
+            world.submit(index, prompt, max_tokens=6, temperature=0.0)
+        world.run()
+    for index in range(len(prompts)):
+        assert other.tokens(index) == plain.tokens(index)
+
+
+def test_measured_steps_teach_the_cost_model(make_world):
+    world = make_world(itl_target_ms=1000.0, run_ahead=1)
+    for index in range(4):
+        world.submit(index, prompt_of(20, index), max_tokens=12, ignore_eos=True)
+    world.run()
+    assert world.core.scheduler.cost.prefill_s(100) > 0.0

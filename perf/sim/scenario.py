@@ -7,9 +7,20 @@ from random import Random
 
 import numpy as np
 
+from millrace.perf.sim.script import VOCAB, Script
+from millrace.scheduler.policies import make_policy
+from millrace.scheduler.policy import Policy
 from millrace.scheduler.request import Request
 from millrace.scheduler.scheduler import Limits
-from tests.scheduler.sim.script import VOCAB, Script
+
+POLICIES = ["first_come", "first_come", "priority", "fair_share", "deadline"]
+AGING_S = 5.0
+TURNS_TO_FIRST_TOKEN = 2.0
+
+
+def policy_of(name: str, limits: Limits) -> Policy:
+    """A device's turn is a second, whatever it computes."""
+    return make_policy(name, limits.max_running, AGING_S, lambda request: TURNS_TO_FIRST_TOKEN)
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +33,8 @@ class Scenario:
     max_prompt: int
     max_tokens: int
     prefixes: list[list[int]]  # prompts begin like one of these
+    tenants: list[str]
+    policy: str
     # Chances, by request:
     deadline: float
     sibling: float  # has the request before it for a leader
@@ -49,6 +62,7 @@ def draw_scenario(rng: Random, max_requests: int) -> Scenario:
         max_waiting_tokens=rng.choice([40, 10_000, 10_000]),
         prefix_caching=rng.random() < 0.8,
     )
+    policy = rng.choice(POLICIES)
     return Scenario(
         limits,
         steps_in_flight=rng.randint(1, 3),
@@ -56,7 +70,9 @@ def draw_scenario(rng: Random, max_requests: int) -> Scenario:
         max_prompt=max_prompt,
         max_tokens=max_tokens,
         prefixes=[_tokens(rng, rng.randint(1, max_prompt)) for _ in range(2)],
-        deadline=rng.choice([0.0, 0.2]),
+        policy=policy,
+        tenants=rng.choice([[""], ["a", "b"]]),
+        deadline=0.6 if policy == "deadline" else rng.choice([0.0, 0.2]),
         sibling=rng.choice([0.0, 0.3]),
         stop=rng.choice([0.0, 0.5]),
         failure=rng.choice([0.0, 0.2]),
@@ -84,6 +100,10 @@ def draw_request(rng: Random, scenario: Scenario, request_id: int, now_s: float)
         max_tokens=max_tokens,
         payload=script,
         deadline_s=now_s + rng.randint(0, 30) if rng.random() < scenario.deadline else None,
+        arrived_s=now_s,
+        priority=rng.randint(0, 2),
+        tenant=rng.choice(scenario.tenants),
+        weight=rng.choice([1.0, 1.0, 3.0]),
         leader=request_id - 1 if rng.random() < scenario.sibling else None,
         read_cache=rng.random() < 0.9,
     )

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from millrace.perf.sim.runner import FakeRunner, Sequence
+from millrace.perf.sim.scenario import AGING_S
+from millrace.scheduler.deadline_first import EarliestDeadlineFirst
 from millrace.scheduler.plan import StepPlan
+from millrace.scheduler.policy import Ordered
+from millrace.scheduler.priority import PriorityWithAging
 from millrace.scheduler.request import NO_SLOT, Request
 from millrace.scheduler.scheduler import Scheduler
-from tests.scheduler.sim.runner import FakeRunner, Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,10 +22,11 @@ class Before:
     crossing: list[Sequence]  # decode, and need another block first
     prefilling: list[Sequence]
     preemptions: dict[int, int]  # by request
+    queued: set[int]
 
 
 def look(scheduler: Scheduler, runner: FakeRunner) -> Before:
-    before = Before([], [], [], {})
+    before = Before([], [], [], {}, {request.id for request in scheduler.policy})
     for request in scheduler.requests.values():
         before.preemptions[request.id] = request.num_preemptions
         if request.slot == NO_SLOT or request.is_closing:
@@ -48,7 +53,7 @@ def judge(scheduler: Scheduler, runner: FakeRunner, before: Before, plan: StepPl
     else:
         assert 0 < plan.num_tokens <= scheduler.limits.max_step_tokens, f"{plan.num_tokens} tokens"
         assert not (yielded and plan.admitted), "admitted where memory had just run out"
-        _judge_order(scheduler, plan)
+        _judge_order(scheduler, before, plan)
         num_tokens = plan.num_tokens
     if num_tokens < scheduler.limits.max_step_tokens:
         _judge_leftover(scheduler, runner, before, may_admit=not yielded)
@@ -56,6 +61,17 @@ def judge(scheduler: Scheduler, runner: FakeRunner, before: Before, plan: StepPl
         request = sequence.request
         is_planned = plan is not None and request.slot in runner.decoding
         assert is_planned or not _is_planned_on(request), f"request {request.id} is kept waiting"
+
+
+def rank(scheduler: Scheduler, request: Request) -> tuple[float, int]:
+    """What each policy promises, said once more. The least is served first, the greatest yields."""
+    match scheduler.policy:
+        case PriorityWithAging():
+            return request.arrived_s + request.priority * AGING_S, request.arrival
+        case EarliestDeadlineFirst():
+            due_s = request.deadline_s
+            return float("inf") if due_s is None else due_s, request.arrival
+    return 0.0, request.arrival
 
 
 def _is_planned_on(request: Request) -> bool:
@@ -68,23 +84,31 @@ def _yielded(scheduler: Scheduler, before: Before) -> list[Request]:
 
 
 def _judge_preemptions(scheduler: Scheduler, before: Before, yielded: list[Request]) -> None:
-    """The youngest yield, and no more of them than memory asks for."""
+    """The last in the policy's order yield, and no more of them than memory asks for."""
     if not yielded:
         return
     staying = [r for r in scheduler.requests.values() if _is_planned_on(r)]
-    youngest = max((request.arrival for request in staying), default=-1)
-    assert min(r.arrival for r in yielded) > youngest, "an older request yielded to a younger"
+    policy = scheduler.policy
+    if isinstance(policy, Ordered) and staying:
+        last = max(rank(scheduler, request) for request in staying)
+        first = min(rank(scheduler, request) for request in yielded)
+        assert first > last, "a request yielded to one behind it"
     if not scheduler.limits.prefix_caching:  # so every victim brings at least one block
         needed = len(before.crossing)
         assert len(yielded) <= needed, f"{len(yielded)} yielded where {needed} blocks were needed"
 
 
-def _judge_order(scheduler: Scheduler, plan: StepPlan) -> None:
+def _judge_order(scheduler: Scheduler, before: Before, plan: StepPlan) -> None:
     """Nobody overtakes the head of the queue, whether new or preempted."""
-    head = scheduler.policy.head()
-    if plan.admitted and head is not None:
-        newest = max(request.arrival for request in plan.admitted)
-        assert newest < head.arrival, f"request {newest} overtook request {head.arrival}"
+    policy = scheduler.policy
+    if not isinstance(policy, Ordered):
+        return
+    waited = [request for request in policy if request.id in before.queued]
+    for request in plan.admitted:
+        ours = rank(scheduler, request)
+        overtaken = [r.id for r in waited if rank(scheduler, r) < ours]
+        is_late = request.id not in before.queued  # its leader's prompt ended in this step
+        assert is_late or not overtaken, f"request {request.id} overtook requests {overtaken}"
 
 
 def _judge_rest(scheduler: Scheduler, before: Before) -> None:

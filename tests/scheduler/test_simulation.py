@@ -10,8 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from millrace.perf.sim.scenario import POLICIES
+from millrace.perf.sim.world import World, simulate
 from millrace.scheduler.request import Finish
-from tests.scheduler.sim.world import World, simulate
 
 SEEDS, BATCH = 300, 30
 SLOW_SEEDS, SLOW_BATCH = 20_000, 1000
@@ -46,8 +47,8 @@ def test_every_request_gets_its_own_tokens_in_worlds_that_shrink(rng):
 
 def test_a_seed_gives_the_same_events_every_time():
     for seed in range(5):
-        assert simulate(seed).trace == simulate(seed).trace
-    assert simulate(0).trace != simulate(1).trace
+        assert simulate(seed).log == simulate(seed).log
+    assert simulate(0).log != simulate(1).log
 
 
 def test_the_worlds_are_as_rough_as_they_should_be():
@@ -60,8 +61,13 @@ def test_the_worlds_are_as_rough_as_they_should_be():
         happened["preempted"] += world.scheduler.counters.preemptions
         happened["hit tokens"] += world.scheduler.counters.prefix_hit_tokens
         happened["abandoned"] += len(world.ledger.abandoned)
-        happened["steps"] += sum(isinstance(event[0], int) for event in world.trace if event)
+        happened["steps"] += sum("launched" in line for line in world.log)
+        happened["shed"] += world.scheduler.counters.shed
+        happened[world.scenario.policy] += world.scheduler.counters.preemptions
     for what in [*Finish, "refused", "preempted", "abandoned"]:
         assert happened[what] >= 20, happened
+    for policy in POLICIES:  # ran out of memory under each
+        assert happened[policy] >= 5, happened
+    assert happened["shed"] >= 5, happened
     assert happened["hit tokens"] >= 1000, happened
     assert happened["steps"] >= 2000, happened

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from millrace.perf.sim.script import NO_PREFIX, Script, draw, extend
 from millrace.scheduler.plan import StepPlan, StepResult
 from millrace.scheduler.request import Request
-from tests.scheduler.sim.script import NO_PREFIX, Script, draw, extend
 
 POISON = -1
 
@@ -98,7 +98,8 @@ class FakeRunner:
         for token in tokens:
             sequence.append(token)
         end = len(blocks) * self.block_size
-        return self._at(blocks, end).tolist() == sequence.prefix[:end]
+        found: list[int] = self._at(blocks, end).tolist()
+        return found == sequence.prefix[:end]
 
     def _change_slots(self, plan: StepPlan) -> None:
         for slot in plan.released:

@@ -12,18 +12,25 @@ from random import Random
 
 import numpy as np
 
+from millrace.perf.sim.judge import judge, look
+from millrace.perf.sim.ledger import Ledger
+from millrace.perf.sim.runner import FakeRunner
+from millrace.perf.sim.scenario import (
+    TURNS_TO_FIRST_TOKEN,
+    draw_request,
+    draw_scenario,
+    policy_of,
+)
+from millrace.perf.sim.script import expected
+from millrace.perf.sim.shares import Shares
 from millrace.scheduler.invariants import check
-from millrace.scheduler.plan import StepResult
+from millrace.scheduler.plan import Drawn, StepResult
 from millrace.scheduler.request import NO_SLOT, Finish
 from millrace.scheduler.scheduler import Scheduler
-from tests.scheduler.sim.judge import judge, look
-from tests.scheduler.sim.ledger import Ledger
-from tests.scheduler.sim.runner import FakeRunner
-from tests.scheduler.sim.scenario import draw_request, draw_scenario
-from tests.scheduler.sim.script import expected
 
 MAX_REQUESTS = 24
 TURN_S = 1.0
+NOBODY = np.empty(0, np.int64)
 TURNS_A_TOKEN = 12  # far more than any request needs: beyond it, nothing moves
 
 
@@ -33,13 +40,16 @@ class World:
     def __init__(self, rng: Random, max_requests: int = MAX_REQUESTS) -> None:
         self.rng = rng
         self.scenario = draw_scenario(rng, max_requests)
-        self.scheduler = Scheduler(self.scenario.limits)
+        self.scheduler = Scheduler(
+            self.scenario.limits, policy_of(self.scenario.policy, self.scenario.limits)
+        )
         self.runner = FakeRunner(self.scenario.limits.num_blocks, self.scenario.limits.block_size)
-        self.ledger = Ledger()
+        sheds = self.scenario.policy == "deadline"
+        self.ledger = Ledger(sheds_ahead_s=TURNS_TO_FIRST_TOKEN if sheds else 0.0)
         self.in_flight: deque[StepResult] = deque()
         self.num_arrived = 0
         self.now_s = TURN_S
-        self.trace: list[tuple[object, ...]] = []
+        self.log: list[str] = []
 
     def run(self) -> None:
         """Until every request has come and gone; AssertionError at the first thing amiss."""
@@ -63,28 +73,38 @@ class World:
     # ------------------------------------------------------------ the loop of an engine
 
     def _launch(self) -> bool:
-        before = look(self.scheduler, self.runner)
+        before, shares = look(self.scheduler, self.runner), Shares.look(self.scheduler)
         plan = self.scheduler.schedule(self.now_s)
         check(self.scheduler)
         if plan is not None:
             result = self.runner.execute(plan)
             self.in_flight.append(result)
-            self.trace.append((plan.step, plan.num_tokens, plan.num_decodes, *plan.block_appends))
+            self._say(
+                f"step {plan.step} launched: {plan.num_decodes} decodes,"
+                f" prefill {[(chunk.slot, chunk.start, chunk.length) for chunk in plan.prefill]},"
+                f" admitted {[request.id for request in plan.admitted]},"
+                f" released slots {plan.released}, blocks {plan.block_appends}"
+            )
         elif not self.in_flight:
             assert not self.scheduler.requests, "requests live, but nothing runs or is planned"
         judge(self.scheduler, self.runner, before, plan)
+        shares.judge_plan(self.scheduler, plan)
         return plan is not None
 
     def _land(self) -> None:
         result = self.in_flight.popleft()
         self.runner.land(result.step)
+        shares, live = Shares.look(self.scheduler), dict(self.scheduler.requests)
         drawn = self.scheduler.apply(result, self.now_s)
-        self.trace.append(tuple((request.id, token) for request, token in drawn))
+        shares.judge_drawn(self.scheduler, live, drawn)
+        tokens = dict(zip(drawn.request_ids.tolist(), drawn.token_ids.tolist(), strict=True))
+        self._say(f"step {result.step} applied: tokens {tokens}")
         self.ledger.drawn(drawn)
         self._settle()
 
     def _settle(self) -> None:
         for request in self.scheduler.take_ended():
+            self._say(f"request {request.id} ended: {request.finish}")
             self.ledger.close(request, self.now_s)
 
     # ------------------------------------------------------------ what happens to it
@@ -106,23 +126,32 @@ class World:
     def _arrive(self) -> None:
         request = draw_request(self.rng, self.scenario, self.num_arrived, self.now_s)
         self.num_arrived += 1
-        self.ledger.decided(request, self.scheduler.submit(request))
+        shares = Shares.look(self.scheduler)
+        decision = self.scheduler.submit(request)
+        self._say(f"request {request.id} arrives: {len(request.prompt)} tokens, {decision}")
+        self.ledger.decided(request, decision)
+        shares.judge_drawn(self.scheduler, {}, Drawn(NOBODY, NOBODY))  # nothing to pay for
 
     def _cancel(self, request_id: int) -> None:
         """Any request: it may wait, run, be in flight, have ended, or never have been accepted."""
         is_live = request_id in self.ledger.got and request_id not in self.ledger.ended
         if is_live:
+            self._say(f"request {request_id} is cancelled")
             self.ledger.cancelled.add(request_id)
         did_end = self.scheduler.finish(request_id, Finish.CANCELLED, self.now_s)
         assert did_end == is_live, f"request {request_id}: finish says {did_end}"
 
     def _abandon(self) -> None:
+        self._say("the device is lost")
         live = self.scheduler.requests.values()
         self.ledger.abandoned |= {request.id for request in live if request.slot != NO_SLOT}
         self.in_flight.clear()
         self.runner.lose()
         self.scheduler.abandon("the device was lost", self.now_s)
         assert self.scheduler.num_running == 0, "a slot outlived the device"
+
+    def _say(self, event: str) -> None:
+        self.log.append(f"{self.now_s:6g} s  {event}")
 
     # ------------------------------------------------------------ and how it must end
 
@@ -137,7 +166,8 @@ class World:
         ledger.check_hit_counters(scheduler)
         for request in ledger.submitted:
             tokens = request.prompt.tolist() + expected(request)[0]
-            blocks = scheduler.cache.match(np.asarray(tokens, np.int32))
+            known = np.asarray(tokens, np.int32)
+            blocks = scheduler.cache.match(known, request.tenant).tolist()
             assert self.runner.holds(tokens, blocks), f"wrong KV is cached for {tokens}"
         assert scheduler.pool.flush() <= self.scenario.limits.num_blocks
         assert len(scheduler.cache) == 0, "an idle cached block could not be evicted"
@@ -149,6 +179,6 @@ def simulate(seed: int) -> World:
     try:
         world.run()
     except Exception as error:
-        error.add_note(f"replay with SIM_SEED={seed} python -m pytest tests/scheduler/sim")
+        error.add_note(f"replay with python -m millrace.perf.sim --seed {seed}")
         raise
     return world
