@@ -51,6 +51,11 @@ class EngineConfig:
     max_waiting: int = setting(4096, "requests in the queue; beyond, new ones are refused")
     max_waiting_tokens: int = setting(4_000_000, "prompt tokens in the queue", "tokens")
     max_step_tokens: int = setting(512, "computed in one step, prefill chunks included", "tokens")
+    run_ahead: int | None = setting(
+        None,
+        "launched before the tokens of the oldest are read; default: 1 on a GPU, else 0",
+        "steps",
+    )
     block_size: int = setting(16, "KV block", "tokens")
     kv_cache_memory: int | None = setting(
         None, "KV cache; default: max-running contexts of 1024 tokens on CPU", "bytes"
@@ -73,6 +78,7 @@ class EngineConfig:
         self._at_least("max_waiting", 1)
         self._at_least("max_waiting_tokens", 1)
         self._at_least("max_step_tokens", 1)
+        self._at_least("run_ahead", 0)
         self._at_least("kv_cache_memory", 1)
         self._at_least("drain_timeout_s", 0)
         self._at_least("default_timeout_s", 0)

@@ -13,6 +13,9 @@ from millrace.engine.errors import InvalidRequest
 from millrace.engine.models.decoder import Decoder, Progress
 from millrace.engine.models.forward_batch import KVCache
 from millrace.engine.models.registry import ModelConfig, model_config
+from millrace.engine.runner.copies import copies_for
+from millrace.engine.runner.device_step import DeviceStep
+from millrace.engine.runner.graphs import DirectCalls
 from millrace.engine.runner.memory import kv_blocks
 from millrace.engine.runner.request_table import RequestTable
 from millrace.engine.runner.runner import Runner
@@ -35,7 +38,6 @@ def build_core(
     config: EngineConfig,
     location: ModelLocation,
     progress: Progress | None = None,
-    run_ahead: int = 0,
 ) -> tuple[EngineCore, Ready]:
     """Load the model at `location` and put a scheduler and a runner around it.
 
@@ -56,8 +58,9 @@ def build_core(
         max_context,
         progress,
     )
+    run_ahead = steps_ahead(config, placement.device)
     num_blocks = kv_blocks(config, model, placement.dtype, placement.device)
-    runner = _build_runner(config, model, decoder, placement, num_blocks, max_context)
+    runner = _build_runner(config, model, decoder, placement, num_blocks, max_context, run_ahead)
     core = EngineCore(Scheduler(_limits(config, num_blocks)), runner, run_ahead)
     ready = Ready(
         model=config.served_name or location.name,
@@ -92,6 +95,13 @@ def resolve_placement(config: EngineConfig) -> Placement:
     return Placement(device, _dtype(config.dtype, device), chosen)
 
 
+def steps_ahead(config: EngineConfig, device: torch.device) -> int:
+    """Steps launched before the oldest is read; on a CPU the step would only wait in the queue."""
+    if config.run_ahead is not None:
+        return config.run_ahead
+    return 1 if device.type == "cuda" else 0
+
+
 def _dtype(name: str, device: torch.device) -> torch.dtype:
     if name != "auto":
         dtype: torch.dtype = getattr(torch, name)
@@ -111,13 +121,22 @@ def _build_runner(
     placement: Placement,
     num_blocks: int,
     max_context: int,
+    run_ahead: int,
 ) -> Runner:
-    shape = (num_blocks, config.block_size, model.num_kv_heads, model.head_dim)
+    # One block more than the scheduler knows of: the scratch slot's.
+    shape = (num_blocks + 1, config.block_size, model.num_kv_heads, model.head_dim)
     kv = KVCache.allocate(model.num_layers, shape, placement.dtype, placement.device)
     table = RequestTable(
-        config.max_running, max_context, config.block_size, model.vocab_size, placement.device
+        config.max_running,
+        max_context,
+        config.block_size,
+        model.vocab_size,
+        scratch_block=num_blocks,
+        device=placement.device,
     )
-    return Runner(decoder, placement.operations, kv, table)
+    step = DeviceStep(decoder, placement.operations, kv, table)
+    copies = copies_for(placement.device, run_ahead + 1)
+    return Runner(step, DirectCalls(step.decode), placement.operations, copies)
 
 
 def _limits(config: EngineConfig, num_blocks: int) -> Limits:

@@ -100,7 +100,7 @@ class EngineCore:
     def _apply(self, launched: LaunchedStep) -> None:
         """Wait for a step's tokens and turn them into deltas."""
         result, logprobs = launched.result(), launched.logprobs()
-        for slot, (start, scored) in launched.prompt_logprobs.items():
+        for slot, (start, scored) in launched.prompt_logprobs().items():
             self._report_prompt(self.scheduler.request_at(slot), start, scored)
         slot_of = {id(self.scheduler.request_at(slot)): slot for slot in logprobs}
         for request, token in self.scheduler.apply(result, time.monotonic()):
