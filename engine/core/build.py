@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from millrace.engine.config import EngineConfig
@@ -11,27 +9,12 @@ from millrace.engine.core.loop import EngineCore
 from millrace.engine.core.messages import Ready
 from millrace.engine.errors import InvalidRequest
 from millrace.engine.models.decoder import Decoder, Progress
-from millrace.engine.models.forward_batch import KVCache
-from millrace.engine.models.registry import ModelConfig, model_config
-from millrace.engine.runner.copies import copies_for
-from millrace.engine.runner.device_step import DeviceStep
-from millrace.engine.runner.graphs import DirectCalls
-from millrace.engine.runner.memory import kv_blocks
-from millrace.engine.runner.request_table import RequestTable
-from millrace.engine.runner.runner import Runner
+from millrace.engine.models.registry import model_config
+from millrace.engine.runner.assemble import Assembly, Placement, decode_calls
 from millrace.engine.weights.checkpoint import open_checkpoint
 from millrace.engine.weights.locate import ModelLocation
-from millrace.kernels.dispatch import Operations, operations
+from millrace.kernels.dispatch import operations
 from millrace.scheduler.scheduler import Limits, Scheduler
-
-
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """Where and in what precision a model runs."""
-
-    device: torch.device
-    dtype: torch.dtype
-    operations: Operations
 
 
 def build_core(
@@ -59,8 +42,9 @@ def build_core(
         progress,
     )
     run_ahead = steps_ahead(config, placement.device)
-    num_blocks = kv_blocks(config, model, placement.dtype, placement.device)
-    runner = _build_runner(config, model, decoder, placement, num_blocks, max_context, run_ahead)
+    calls = decode_calls(placement.device, config.max_running, progress)
+    assembly = Assembly(config, placement, decoder, max_context, run_ahead, calls)
+    runner, num_blocks = assembly.build()
     core = EngineCore(Scheduler(_limits(config, num_blocks)), runner, run_ahead)
     ready = Ready(
         model=config.served_name or location.name,
@@ -112,31 +96,6 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
 def _cpu_has_bfloat16() -> bool:
     """Whether bf16 products run in hardware; elsewhere they are slower than fp32."""
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-
-
-def _build_runner(
-    config: EngineConfig,
-    model: ModelConfig,
-    decoder: Decoder,
-    placement: Placement,
-    num_blocks: int,
-    max_context: int,
-    run_ahead: int,
-) -> Runner:
-    # One block more than the scheduler knows of: the scratch slot's.
-    shape = (num_blocks + 1, config.block_size, model.num_kv_heads, model.head_dim)
-    kv = KVCache.allocate(model.num_layers, shape, placement.dtype, placement.device)
-    table = RequestTable(
-        config.max_running,
-        max_context,
-        config.block_size,
-        model.vocab_size,
-        scratch_block=num_blocks,
-        device=placement.device,
-    )
-    step = DeviceStep(decoder, placement.operations, kv, table)
-    copies = copies_for(placement.device, run_ahead + 1)
-    return Runner(step, DirectCalls(step.decode), placement.operations, copies)
 
 
 def _limits(config: EngineConfig, num_blocks: int) -> Limits:

@@ -43,7 +43,7 @@ class DeviceStep:
         self.table = table
         self._operations = operations
         self._kv = kv
-        self._block_size = kv.keys[0].shape[1]
+        self.num_blocks, self._block_size = kv.keys[0].shape[:2]
         max_rows = table.drawn.shape[1]
         self._query_start = torch.arange(
             max_rows + 1, dtype=torch.int32, device=table.computed.device
@@ -95,6 +95,11 @@ class DeviceStep:
         table.computed[decodes] = decoded + going
         table.computed[chunks] = rows["ends"]
         return Computed(hidden, logits)
+
+    def addresses(self) -> list[int]:
+        """Where every tensor lies that a decode step uses, but for weights and what it makes."""
+        cache = [tensor.data_ptr() for tensor in (*self._kv.keys, *self._kv.values)]
+        return [*self.table.addresses(), self._query_start.data_ptr(), *cache]
 
     def _forward(
         self, slots: torch.Tensor, positions: torch.Tensor, attention: AttentionBatch

@@ -93,6 +93,7 @@ class CudaRecorder:
         self._pool: Any = torch.cuda.graph_pool_handle()
 
     def warm_up(self, call: Callable[[], object]) -> None:
+        torch.cuda.synchronize(self._device)  # what was written on other streams is there
         with torch.cuda.stream(self._stream):
             call()
         self._stream.synchronize()
