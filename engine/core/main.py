@@ -14,6 +14,7 @@ from millrace.engine.core.ipc import CoreChannel
 from millrace.engine.core.loop import EngineCore
 from millrace.engine.core.messages import Shutdown, StartFailed
 from millrace.engine.core.process import run_core
+from millrace.engine.core.progress import startup_progress
 from millrace.engine.errors import MillraceError
 from millrace.engine.weights.locate import resolve
 
@@ -23,7 +24,9 @@ log = logging.getLogger(__name__)
 def serve(config: EngineConfig, channel: CoreChannel) -> None:
     """Load the model, say Ready (or StartFailed), and serve until Shutdown."""
     try:
-        core, ready = build_core(config, resolve(config.model, config.revision))
+        location = resolve(config.model, config.revision)
+        with startup_progress() as progress:
+            core, ready = build_core(config, location, progress)
     except MillraceError as error:
         channel.send(StartFailed(str(error)))
         return

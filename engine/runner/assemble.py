@@ -66,6 +66,9 @@ class Assembly:
             step = self.step(num_blocks)
         with room_for("the graphs of decode steps", self.config, device):
             calls = self.make_calls(step)
+        if device.type == "cuda" and measured is None:
+            with room_for("the largest step", self.config, device):  # and compiles its kernels
+                run_worst_case(step, self.copies(), self.config.max_step_tokens)
         return Runner(step, calls, self.placement.operations, self.copies()), num_blocks
 
     def measure(self, probe: MemoryProbe, num_blocks: int = 1) -> int:
