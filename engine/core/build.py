@@ -11,7 +11,7 @@ from millrace.engine.errors import InvalidRequest
 from millrace.engine.models.decoder import Decoder, Progress
 from millrace.engine.models.registry import model_config
 from millrace.engine.runner.assemble import Assembly, Placement, decode_calls
-from millrace.engine.weights.checkpoint import open_checkpoint
+from millrace.engine.weights.checkpoint import Checkpoint, open_checkpoint
 from millrace.engine.weights.locate import ModelLocation
 from millrace.kernels.dispatch import operations
 from millrace.scheduler.scheduler import Limits, Scheduler
@@ -24,12 +24,19 @@ def build_core(
 ) -> tuple[EngineCore, Ready]:
     """Load the model at `location` and put a scheduler and a runner around it.
 
-    Raises ModelError or InvalidRequest, for a person to read, when it cannot be done.
+    Raises ModelError, InvalidRequest or NotEnoughMemory, for a person to read, when it cannot be
+    done.
     """
+    return core_of(config, open_checkpoint(location.path), location.name, progress)
+
+
+def core_of(
+    config: EngineConfig, checkpoint: Checkpoint, name: str, progress: Progress | None = None
+) -> tuple[EngineCore, Ready]:
+    """`build_core` for a checkpoint that is open; `name` is the model's own."""
     placement = resolve_placement(config)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    checkpoint = open_checkpoint(location.path)
     model = model_config(checkpoint.config, checkpoint.generation_config)
     max_context = min(config.max_context or model.max_context, model.max_context)
     decoder = Decoder(
@@ -47,7 +54,7 @@ def build_core(
     runner, num_blocks = assembly.build()
     core = EngineCore(Scheduler(_limits(config, num_blocks)), runner, run_ahead)
     ready = Ready(
-        model=config.served_name or location.name,
+        model=config.served_name or name,
         architecture=model.architecture,
         vocab_size=model.vocab_size,
         max_context=max_context,

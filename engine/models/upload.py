@@ -42,7 +42,9 @@ class Uploader:
         self._of_thread = threading.local()
 
     def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy on the device, complete in the order of its queue."""
+        """A copy on the device, complete in the order of its queue; itself if it is there."""
+        if tensor.device == self._device:
+            return tensor
         buffers: list[tuple[torch.Tensor, Event]] = getattr(self._of_thread, "buffers", [])
         if not buffers:
             buffers += [

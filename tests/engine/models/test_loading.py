@@ -15,6 +15,7 @@ from millrace.engine.weights.checkpoint import open_checkpoint
 from millrace.kernels.dispatch import REFERENCE
 
 CPU = torch.device("cpu")
+CPU0 = torch.device("cpu", 0)  # another device than the CPU of host tensors, to those who compare
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +98,7 @@ def test_a_pinned_buffer_is_not_refilled_before_the_device_has_read_it(monkeypat
     def pin(size):
         return torch.full((size,), 255, dtype=torch.uint8)
 
-    upload = Uploader(CPU, pin, make_event, chunk_bytes=128)
+    upload = Uploader(CPU0, pin, make_event, chunk_bytes=128)
     tensor = torch.arange(count, dtype=torch.bfloat16).view(-1, 1)
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "copy_", late_copy)
@@ -119,7 +120,7 @@ def test_threads_have_buffers_of_their_own():
         pinned.append(threading.get_ident())
         return torch.empty(size, dtype=torch.uint8)
 
-    upload = Uploader(CPU, pin, Event, chunk_bytes=64)
+    upload = Uploader(CPU0, pin, Event, chunk_bytes=64)
     threads = [threading.Thread(target=upload, args=(torch.ones(9),)) for _ in range(3)]
     for thread in threads:
         thread.start()
