@@ -17,7 +17,14 @@ from millrace.engine.models.decoder import Decoder, Progress
 from millrace.engine.models.forward_batch import KVCache
 from millrace.engine.runner.copies import Copies, copies_for
 from millrace.engine.runner.device_step import DeviceStep
-from millrace.engine.runner.graphs import CudaRecorder, DecodeCalls, DirectCalls, Graphs, ladder
+from millrace.engine.runner.graphs import (
+    CudaRecorder,
+    DecodeCalls,
+    DirectCalls,
+    Graphs,
+    contexts,
+    ladder,
+)
 from millrace.engine.runner.memory import (
     CudaProbe,
     MemoryProbe,
@@ -61,6 +68,7 @@ class Assembly:
         if device.type == "cuda" and self.config.kv_cache_memory is None:
             with room_for("the largest step", self.config, device):
                 measured = self.measure(CudaProbe(device))
+            torch.cuda.empty_cache()  # of what the trial leaves behind
         num_blocks = kv_blocks(self.config, self.decoder.config, dtype, device, measured)
         with room_for(f"a KV cache of {num_blocks} blocks", self.config, device):
             step = self.step(num_blocks)
@@ -106,14 +114,15 @@ class Assembly:
 
 
 def decode_calls(
-    device: torch.device, max_running: int, progress: Progress | None = None
+    device: torch.device, max_running: int, max_context: int, progress: Progress | None = None
 ) -> MakeCalls:
     """How decode steps are called on a device: graphs on CUDA, directly elsewhere."""
 
     def make(step: DeviceStep) -> DecodeCalls:
         if device.type != "cuda":
             return DirectCalls(step.decode)
-        sizes = ladder(max_running)
-        return Graphs(step.decode, sizes, CudaRecorder(device), step.addresses, progress)
+        sizes, lengths = ladder(max_running), contexts(max_context)
+        recorder = CudaRecorder(device)
+        return Graphs(step.decode, sizes, lengths, recorder, step.addresses, progress)
 
     return make

@@ -1,8 +1,8 @@
 """DeviceStep: a step on the device, from embedding to drawn token, without a word from the host.
 
-    decode(n)    rows 0..n-1 of table.decode_slots, one token each: reads and writes the table and
-                 the KV cache alone, all at fixed addresses, so that a graph can replay it
-    mixed(...)   decoding rows and prefill chunks together, as the host's arrays describe them
+    decode(shape)  the first rows of table.decode_slots, one token each: reads and writes the table
+                   and the KV cache alone, all at fixed addresses, so that a graph can replay it
+    mixed(...)     decoding rows and prefill chunks together, as the host's arrays describe them
 
 A row goes on where its slot stands: position p = computed[slot] is computed from tokens[slot, p],
 the drawn token is written to tokens[slot, p + 1], and computed moves to p + 1. A slot that has
@@ -20,6 +20,7 @@ import torch
 
 from millrace.engine.models.decoder import Decoder
 from millrace.engine.models.forward_batch import ForwardBatch, KVCache
+from millrace.engine.runner.graphs import StepShape
 from millrace.engine.runner.request_table import RequestTable, Views
 from millrace.kernels.attention import AttentionBatch
 from millrace.kernels.dispatch import Operations
@@ -50,19 +51,19 @@ class DeviceStep:
         )
 
     @torch.inference_mode()
-    def decode(self, num_rows: int) -> Computed:
-        """One token for each of the first `num_rows` rows of decode_slots."""
+    def decode(self, shape: StepShape) -> Computed:
+        """One token for each of the first `shape.rows` rows of decode_slots."""
         table = self.table
-        slots = table.decode_slots[:num_rows]
+        slots = table.decode_slots[: shape.rows]
         positions = table.computed[slots]
         attention = AttentionBatch(
             block_table=table.block_table,
             slots=slots,
-            query_start=self._query_start[: num_rows + 1],
+            query_start=self._query_start[: shape.rows + 1],
             context_lens=(positions + 1).to(torch.int32),
             max_query_len=1,
-            max_context_len=table.block_table.shape[1] * self._block_size,
-            num_decodes=num_rows,
+            max_context_len=shape.context,
+            num_decodes=shape.rows,
         )
         hidden = self._forward(slots, positions, attention)
         logits = self.model.logits(hidden)

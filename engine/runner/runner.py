@@ -19,7 +19,7 @@ from millrace.engine.core.messages import NewRequest, TokenLogprobs
 from millrace.engine.runner.changes import ChangePacker, Slots
 from millrace.engine.runner.copies import Arrival, Copies
 from millrace.engine.runner.device_step import Computed, DeviceStep
-from millrace.engine.runner.graphs import DecodeCalls
+from millrace.engine.runner.graphs import DecodeCalls, StepShape
 from millrace.engine.runner.logprobs import ScoredTokens, score_prompt
 from millrace.engine.runner.packed import PackedArrays
 from millrace.engine.runner.request_table import Views
@@ -142,10 +142,11 @@ class Runner:
 
     def _decode(self) -> Computed | None:
         """One token for each decoding slot; the logits only where somebody wants logprobs."""
-        size = self._calls.size_for(len(self._decode_slots))
+        slots = self._decode_slots
+        shape = self._calls.fit(StepShape(len(slots), int(self._length[slots].max())))
         if any(self._decodes[slot] for slot in self._num_top):
-            return self._step.decode(size)  # a graph keeps its logits to itself
-        self._calls.replay(size)
+            return self._step.decode(shape)  # a graph keeps its logits to itself
+        self._calls.replay(shape)
         return None
 
     def _mixed(self, rows: Views, prefill: list[PrefillChunk]) -> Computed:

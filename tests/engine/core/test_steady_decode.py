@@ -70,7 +70,7 @@ def test_only_who_asks_pays_for_logprobs(make_world):
     world, _ = decoding_world(make_world)
     calls, replayed = world.core._runner._calls, []
     replay = calls.replay
-    calls.replay = lambda size: (replayed.append(size), replay(size))
+    calls.replay = lambda shape: (replayed.append(shape.rows), replay(shape))
     world.step()
     assert replayed == [3]
     world.submit(9, [5] * 30, max_tokens=3, logprobs=1)

@@ -78,7 +78,7 @@ def test_graphs_are_captured_before_the_memory_is_counted(tiny_llama):
             return 0
 
     def graphs(step):
-        return Graphs(step.decode, (1, 6), Recorder(), step.addresses)
+        return Graphs(step.decode, (1, 6), (512,), Recorder(), step.addresses)
 
     probe = FakeProbe(log=log)
     assembly_of(tiny_llama, graphs).measure(probe, CONTEXT_BLOCKS)
@@ -168,7 +168,7 @@ def test_a_runner_over_graphs_serves_like_one_without(tiny_llama, make_runner_wo
             return 0
 
     def graphs(step):
-        return Graphs(step.decode, (1, 2, 6), Recorder(), step.addresses)
+        return Graphs(step.decode, (1, 2, 6), (40, 512), Recorder(), step.addresses)
 
     tokens = []
     for is_captured in (False, True):
