@@ -77,7 +77,7 @@ class Assembly:
         if device.type == "cuda" and measured is None:
             with room_for("the largest step", self.config, device):  # and compiles its kernels
                 run_worst_case(step, self.copies(), self.config.max_step_tokens)
-        return Runner(step, calls, self.placement.operations, self.copies()), num_blocks
+        return Runner(step, calls, self.copies()), num_blocks
 
     def measure(self, probe: MemoryProbe, num_blocks: int = 1) -> int:
         """Bytes that the cache may take, by a trial runner with a cache of so many blocks."""

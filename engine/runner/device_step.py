@@ -42,7 +42,7 @@ class DeviceStep:
     ) -> None:
         self.model = model
         self.table = table
-        self._operations = operations
+        self.operations = operations
         self._kv = kv
         self.num_blocks, self._block_size = kv.keys[0].shape[:2]
         max_rows = table.drawn.shape[1]
@@ -90,9 +90,11 @@ class DeviceStep:
         )
         hidden = self._forward(rows["token_slots"], positions, attention)
         last = rows["last_tokens"]
-        logits = self.model.logits(hidden[last])
         going = ~table.ended[decodes]
-        self._draw(logits, rows["drawing_slots"], positions[last] + 1)
+        logits = hidden.new_empty(0, table.sampling.vocab)
+        if len(last):  # else no prompt ends here
+            logits = self.model.logits(hidden[last])
+            self._draw(logits, rows["drawing_slots"], positions[last] + 1)
         table.computed[decodes] = decoded + going
         table.computed[chunks] = rows["ends"]
         return Computed(hidden, logits)
@@ -119,7 +121,7 @@ class DeviceStep:
     def _draw(self, logits: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor) -> None:
         """Draw the tokens at `positions` [N] of `slots` [N] from logits [N, V] into the table."""
         table = self.table
-        sampled = self._operations.sample(logits, slots, positions, table.sampling)
+        sampled = self.operations.sample(logits, slots, positions, table.sampling)
         table.tokens[slots, positions] = sampled.token_ids
         table.sampling.record(slots, sampled.token_ids)
         stopped = (table.sampling.stop_ids[slots] == sampled.token_ids[:, None]).any(dim=1)

@@ -23,7 +23,6 @@ from millrace.engine.runner.graphs import DecodeCalls, StepShape
 from millrace.engine.runner.logprobs import ScoredTokens, score_prompt
 from millrace.engine.runner.packed import PackedArrays
 from millrace.engine.runner.request_table import Views
-from millrace.kernels.dispatch import Operations
 from millrace.scheduler.plan import PrefillChunk, StepPlan, StepResult
 from millrace.scheduler.request import Request
 
@@ -60,12 +59,10 @@ class LaunchedStep:
 class Runner:
     """One model on one device, with its KV cache and the table of running requests."""
 
-    def __init__(
-        self, step: DeviceStep, calls: DecodeCalls, operations: Operations, copies: Copies
-    ) -> None:
+    def __init__(self, step: DeviceStep, calls: DecodeCalls, copies: Copies) -> None:
         self._step = step
         self._calls = calls
-        self._operations = operations
+        self._operations = step.operations
         self._copies = copies
         self._table = table = step.table
         num_slots = table.scratch_slot

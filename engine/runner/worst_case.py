@@ -2,8 +2,8 @@
 
 A full batch decodes at the end of its context, with every filter of the sampler at work, and beside
 it prompts fill the step's budget of tokens. What is computed is garbage, and the blocks of the
-contexts are whatever blocks there are, over and over. It also launches every kernel of eager steps
-once, so that nothing is compiled while serving.
+contexts are whatever blocks there are, over and over. It also launches the kernels of eager steps
+once, so that they are not compiled while serving.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from millrace.engine.runner.packed import PackedArrays
 from millrace.engine.runner.request_table import RequestTable
 from millrace.scheduler.plan import PrefillChunk
 
+LOGPROBS = 5
 TEMPERATURE, TOP_K, TOP_P, MIN_P, PENALTY = 1.0, 50, 0.9, 0.01, 1.1
 
 
@@ -37,7 +38,8 @@ def run_worst_case(step: DeviceStep, copies: Copies, max_step_tokens: int) -> No
     table.block_table[: table.scratch_slot] = every_block.to(table.block_table.device)
     longest = max((chunk.length for chunk in chunks), default=1)
     _set(table, max_context - 1, TEMPERATURE, TOP_K, TOP_P, MIN_P, PENALTY)
-    step.mixed(rows, len(decodes), max_query=longest, max_context=max_context)
+    computed = step.mixed(rows, len(decodes), max_query=longest, max_context=max_context)
+    step.operations.raw_logprobs(computed.logits, table.drawn[0], LOGPROBS)
     copies.fetch(table.drawn).wait()
     _set(table, 0, 0.0, 0, 1.0, 0.0, 1.0)
     table.ended[: table.scratch_slot] = False
