@@ -162,7 +162,7 @@ def measure(
     goal: float | None,
 ) -> Row:
     """Tokens a second of one batch, and its decode steps against the roofline."""
-    drive(core, scale, config, streams, output_tokens=3)  # compiles what is left to compile
+    drive(core, scale, config, streams=1, output_tokens=3)  # wakes the clocks
     done = drive(core, scale, config, streams, scale.output_tokens)
     steady = [(s, drawn) for s, rows, drawn in done.steps if rows == streams]
     step_s = statistics.median(seconds for seconds, _ in steady)
