@@ -7,6 +7,7 @@ the same graphs again, over the real cache.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -47,6 +48,9 @@ class Placement:
     operations: Operations
 
 
+log = logging.getLogger(__name__)
+
+MIB = 2**20
 MakeCalls = Callable[[DeviceStep], DecodeCalls]
 
 
@@ -123,6 +127,8 @@ def decode_calls(
             return DirectCalls(step.decode)
         sizes, lengths = ladder(max_running), contexts(max_context)
         recorder = CudaRecorder(device)
-        return Graphs(step.decode, sizes, lengths, recorder, step.addresses, progress)
+        graphs = Graphs(step.decode, sizes, lengths, recorder, step.addresses, progress)
+        log.info("decode graphs take %.0f MiB", graphs.num_bytes / MIB)
+        return graphs
 
     return make

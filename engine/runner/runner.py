@@ -33,7 +33,7 @@ class LaunchedStep:
 
     step: int
     slots: Slots  # [N], of the rows that drew a token
-    drawn: Arrival  # i64 [3, N]: token id, stopped, ok
+    drawn: Arrival  # i64 [3, max_rows]: token id, stopped, ok; the first N columns
     scored: dict[int, ScoredTokens] = field(default_factory=dict)
     """slot -> its token with its logprobs, where asked for"""
     prompts: dict[int, tuple[int, list[ScoredTokens]]] = field(default_factory=dict)
@@ -41,7 +41,7 @@ class LaunchedStep:
 
     def result(self) -> StepResult:
         """Wait for the tokens."""
-        token_ids, stopped, ok = self.drawn.wait()
+        token_ids, stopped, ok = self.drawn.wait()[:, : len(self.slots)]
         return StepResult(self.step, self.slots, token_ids, stopped != 0, ok != 0)
 
     def logprobs(self) -> dict[int, TokenLogprobs]:
@@ -157,7 +157,7 @@ class Runner:
 
     def _launched(self, plan: StepPlan, slots: Slots, computed: Computed | None) -> LaunchedStep:
         """Send the drawn tokens on their way, and score those whose logprobs are wanted."""
-        drawn = self._table.drawn[:, : len(slots)]
+        drawn = self._table.drawn  # fetched whole: a part would be gathered on the device first
         launched = LaunchedStep(plan.step, slots, self._copies.fetch(drawn))
         if computed is None:
             return launched

@@ -39,7 +39,7 @@ def test_nothing_is_sent_while_the_same_rows_decode(make_world):
     for _ in range(8):
         world.step()
     assert copies.sent == []
-    assert copies.fetched == [(3, 3)] * 8
+    assert copies.fetched == [(3, 8)] * 8  # for each of max_running rows
 
 
 def test_new_blocks_travel_in_one_copy_of_a_few_bytes(make_world):
