@@ -34,7 +34,7 @@ gpu-suite: $(VENV)/.dev
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "not slow" --ignore=tests/kernels/interpreter
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not slow" tests/kernels/interpreter
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not slow" tests/kernels/interpreter tests/engine/runner/test_interpreted.py
 
 slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow --ignore=tests/kernels/interpreter

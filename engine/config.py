@@ -62,6 +62,11 @@ class EngineConfig:
     itl_target_ms: float | None = setting(
         None, "a step takes no more of a prompt than lets streams go on in time", "ms"
     )
+    run_ahead: int | None = setting(
+        None,
+        "launched before the tokens of the oldest are read; default: 1 on a GPU, else 0",
+        "steps",
+    )
     block_size: int = setting(16, "KV block", "tokens")
     kv_cache_memory: int | None = setting(
         None, "KV cache; default: max-running contexts of 1024 tokens on CPU", "bytes"
@@ -88,6 +93,7 @@ class EngineConfig:
         self._one_of("policy", POLICIES)
         self._at_least("priority_aging_s", 0)
         self._at_least("itl_target_ms", 0)
+        self._at_least("run_ahead", 0)
         self._at_least("kv_cache_memory", 1)
         self._at_least("drain_timeout_s", 0)
         self._at_least("default_timeout_s", 0)

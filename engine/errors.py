@@ -6,6 +6,7 @@ MillraceError
 │   ├── DuplicateRequest  the id belongs to a live request
 │   └── Overloaded        refused for now; retry_after_s says when to try again
 ├── EngineUnavailable     the engine is starting, draining or dead
+├── NotEnoughMemory       what the settings ask for does not fit on the device
 ├── StepFailed            this request's part of a step failed (NaN logits, no token left to choose)
 └── ModelError            the model on disk cannot be served
     ├── WeightsError      a tensor is missing, mis-shaped or unreadable
@@ -47,6 +48,10 @@ class Overloaded(RequestError):
 
 class EngineUnavailable(MillraceError):
     """The engine is starting, draining or dead; another replica may answer."""
+
+
+class NotEnoughMemory(MillraceError):
+    """What the settings ask for does not fit on the device; the message says what to lower."""
 
 
 class StepFailed(MillraceError):

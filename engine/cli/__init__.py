@@ -1,4 +1,4 @@
-"""The command line: `millrace serve | generate | chat | tokenize | bench | doctor`.
+"""The command line: `millrace serve | generate | chat | tokenize | bench | doctor | compile`.
 
 `millrace.engine.cli:main` is the entry point. One file a command; each imports what it runs when it
 runs, so that `--help` and a mistyped option cost no torch.

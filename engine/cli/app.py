@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 
 from millrace.engine.cli.bench import bench
 from millrace.engine.cli.chat import chat
+from millrace.engine.cli.compile import compile
 from millrace.engine.cli.doctor import doctor
 from millrace.engine.cli.generate import generate
 from millrace.engine.cli.serve import serve
@@ -47,6 +48,7 @@ app.command()(with_settings(chat, omit=LISTENING))
 app.command()(tokenize)
 app.command()(with_settings(bench, omit=LISTENING))
 app.command()(with_settings(doctor, omit=LISTENING))
+app.command()(with_settings(compile, omit=LISTENING))
 
 
 def main() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from millrace.engine.config import EngineConfig
@@ -11,42 +9,36 @@ from millrace.engine.core.loop import EngineCore
 from millrace.engine.core.messages import Ready
 from millrace.engine.errors import InvalidRequest
 from millrace.engine.models.decoder import Decoder, Progress
-from millrace.engine.models.forward_batch import KVCache
-from millrace.engine.models.registry import ModelConfig, model_config
-from millrace.engine.runner.memory import kv_blocks
-from millrace.engine.runner.request_table import RequestTable
-from millrace.engine.runner.runner import Runner
-from millrace.engine.weights.checkpoint import open_checkpoint
+from millrace.engine.models.registry import model_config
+from millrace.engine.runner.assemble import Assembly, Placement, decode_calls
+from millrace.engine.weights.checkpoint import Checkpoint, open_checkpoint
 from millrace.engine.weights.locate import ModelLocation
-from millrace.kernels.dispatch import Operations, operations
+from millrace.kernels.dispatch import operations
 from millrace.scheduler.cost_model import CostModel
 from millrace.scheduler.policies import make_policy
 from millrace.scheduler.scheduler import Limits, Scheduler
-
-
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """Where and in what precision a model runs."""
-
-    device: torch.device
-    dtype: torch.dtype
-    operations: Operations
 
 
 def build_core(
     config: EngineConfig,
     location: ModelLocation,
     progress: Progress | None = None,
-    run_ahead: int = 0,
 ) -> tuple[EngineCore, Ready]:
     """Load the model at `location` and put a scheduler and a runner around it.
 
-    Raises ModelError or InvalidRequest, for a person to read, when it cannot be done.
+    Raises ModelError, InvalidRequest or NotEnoughMemory, for a person to read, when it cannot be
+    done.
     """
+    return core_of(config, open_checkpoint(location.path), location.name, progress)
+
+
+def core_of(
+    config: EngineConfig, checkpoint: Checkpoint, name: str, progress: Progress | None = None
+) -> tuple[EngineCore, Ready]:
+    """`build_core` for a checkpoint that is open; `name` is the model's own."""
     placement = resolve_placement(config)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    checkpoint = open_checkpoint(location.path)
     model = model_config(checkpoint.config, checkpoint.generation_config)
     max_context = min(config.max_context or model.max_context, model.max_context)
     decoder = Decoder(
@@ -58,11 +50,13 @@ def build_core(
         max_context,
         progress,
     )
-    num_blocks = kv_blocks(config, model, placement.dtype, placement.device)
-    runner = _build_runner(config, model, decoder, placement, num_blocks, max_context)
+    run_ahead = steps_ahead(config, placement.device)
+    calls = decode_calls(placement.device, config.max_running, max_context, progress)
+    assembly = Assembly(config, placement, decoder, max_context, run_ahead, calls)
+    runner, num_blocks = assembly.build()
     core = EngineCore(_build_scheduler(config, num_blocks, max_context), runner, run_ahead)
     ready = Ready(
-        model=config.served_name or location.name,
+        model=config.served_name or name,
         architecture=model.architecture,
         vocab_size=model.vocab_size,
         max_context=max_context,
@@ -94,6 +88,13 @@ def resolve_placement(config: EngineConfig) -> Placement:
     return Placement(device, _dtype(config.dtype, device), chosen)
 
 
+def steps_ahead(config: EngineConfig, device: torch.device) -> int:
+    """Steps launched before the oldest is read; on a CPU the step would only wait in the queue."""
+    if config.run_ahead is not None:
+        return config.run_ahead
+    return 1 if device.type == "cuda" else 0
+
+
 def _dtype(name: str, device: torch.device) -> torch.dtype:
     if name != "auto":
         dtype: torch.dtype = getattr(torch, name)
@@ -104,22 +105,6 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
 def _cpu_has_bfloat16() -> bool:
     """Whether bf16 products run in hardware; elsewhere they are slower than fp32."""
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-
-
-def _build_runner(
-    config: EngineConfig,
-    model: ModelConfig,
-    decoder: Decoder,
-    placement: Placement,
-    num_blocks: int,
-    max_context: int,
-) -> Runner:
-    shape = (num_blocks, config.block_size, model.num_kv_heads, model.head_dim)
-    kv = KVCache.allocate(model.num_layers, shape, placement.dtype, placement.device)
-    table = RequestTable(
-        config.max_running, max_context, config.block_size, model.vocab_size, placement.device
-    )
-    return Runner(decoder, placement.operations, kv, table)
 
 
 def _build_scheduler(config: EngineConfig, num_blocks: int, max_context: int) -> Scheduler:

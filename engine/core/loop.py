@@ -109,7 +109,7 @@ class EngineCore:
         """Wait for a step's tokens and turn them into deltas."""
         result, logprobs = launched.result(), launched.logprobs()
         self._measure()
-        for slot, (start, scored) in launched.prompt_logprobs.items():
+        for slot, (start, scored) in launched.prompt_logprobs().items():
             self._report_prompt(self.scheduler.request_at(slot), start, scored)
         scores = {self.scheduler.request_at(slot).id: logprobs[slot] for slot in logprobs}
         drawn = self.scheduler.apply(result, time.monotonic())

@@ -14,7 +14,9 @@ from millrace.engine.core.ipc import CoreChannel
 from millrace.engine.core.loop import EngineCore
 from millrace.engine.core.messages import Shutdown, StartFailed
 from millrace.engine.core.process import run_core
+from millrace.engine.core.progress import startup_progress
 from millrace.engine.errors import MillraceError
+from millrace.engine.runner.compile_watch import warn_of_compiling
 from millrace.engine.weights.locate import resolve
 
 log = logging.getLogger(__name__)
@@ -23,7 +25,9 @@ log = logging.getLogger(__name__)
 def serve(config: EngineConfig, channel: CoreChannel) -> None:
     """Load the model, say Ready (or StartFailed), and serve until Shutdown."""
     try:
-        core, ready = build_core(config, resolve(config.model, config.revision))
+        location = resolve(config.model, config.revision)
+        with startup_progress() as progress:
+            core, ready = build_core(config, location, progress)
     except MillraceError as error:
         channel.send(StartFailed(str(error)))
         return
@@ -31,6 +35,8 @@ def serve(config: EngineConfig, channel: CoreChannel) -> None:
         log.exception("the core could not start")
         channel.send(StartFailed(f"{type(error).__name__}: {error}"))
         return
+    if ready.backend == "triton":
+        warn_of_compiling()
     gc.collect()
     gc.freeze()  # the model's objects live for ever: keep them out of every later collection
     channel.send(ready)

@@ -6,18 +6,19 @@ builds the ForwardBatch. After it: kernels/attention.py, and kernels/sampling.py
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from millrace.engine.models.forward_batch import ForwardBatch, KVCache
-from millrace.engine.models.layers import LayerWeights, WeightLoader, load_layer
+from millrace.engine.models.layers import Progress, WeightLoader, load_layers
 from millrace.engine.models.registry import ModelConfig
 from millrace.engine.weights.checkpoint import Checkpoint
 from millrace.kernels.dispatch import Operations
 from millrace.kernels.kv_append import rope_table
 
-Progress = Callable[[str, int, int], None]  # what was loaded, how many of, how many
+__all__ = ["Decoder", "Progress"]
+
+GPU_LOADING_THREADS = 8  # they wait for the disk more than they work
+CPU_LOADING_THREADS = 1  # packing a weight keeps every core busy by itself
 
 
 class Decoder:
@@ -38,11 +39,8 @@ class Decoder:
         loader = WeightLoader(checkpoint, operations, dtype, device)
         vocab, hidden = config.vocab_size, config.hidden_size
         self._embedding = loader.tensor("model.embed_tokens.weight", vocab, hidden)  # [V, E]
-        self._layers: list[LayerWeights] = []
-        for index in range(config.num_layers):
-            self._layers.append(load_layer(loader, config, index))
-            if progress is not None:
-                progress(f"layer {index}", index + 1, config.num_layers)
+        threads = GPU_LOADING_THREADS if device.type == "cuda" else CPU_LOADING_THREADS
+        self._layers = load_layers(loader, config, threads, progress)
         self._norm = loader.tensor("model.norm.weight", hidden)
         if config.tied_embeddings:
             self._head = operations.pack_linear(self._embedding, None)

@@ -8,14 +8,19 @@ Shapes: T tokens, E hidden, F ffn, H query heads, G KV heads, D head dimension.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 
 from millrace.engine.models.registry import ModelConfig
+from millrace.engine.models.upload import uploader
 from millrace.engine.weights.checkpoint import Checkpoint, take
 from millrace.kernels.dispatch import Operations
 from millrace.kernels.matmul import PackedLinear
+
+Progress = Callable[[str, int, int], None]  # what was loaded, how many of, how many
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +38,10 @@ class LayerWeights:
 
 
 class WeightLoader:
-    """Takes tensors by name and shape from a checkpoint, in one dtype and on one device."""
+    """Takes tensors by name and shape from a checkpoint, in one dtype and on one device.
+
+    Threads may share it.
+    """
 
     def __init__(
         self,
@@ -45,14 +53,19 @@ class WeightLoader:
         self._checkpoint = checkpoint
         self._operations = operations
         self._dtype = dtype
-        self._device = device
-        self.num_parameters = 0
+        self._upload = uploader(device)
+        self._sizes: dict[str, int] = {}  # by name: several threads load
 
     def tensor(self, name: str, *shape: int) -> torch.Tensor:
         """One tensor; WeightsError names it if it is missing or of another shape."""
         loaded = take(self._checkpoint, name, shape)
-        self.num_parameters += loaded.numel()
-        return loaded.to(self._device, self._dtype).contiguous()
+        self._sizes[name] = loaded.numel()
+        return self._upload(loaded).to(self._dtype).contiguous()
+
+    @property
+    def num_parameters(self) -> int:
+        """Elements loaded so far."""
+        return sum(self._sizes.values())
 
     def linear(self, prefix: str, outputs: dict[str, int], inputs: int, bias: bool) -> PackedLinear:
         """The named projections of one input, stacked into a single packed matrix."""
@@ -60,6 +73,23 @@ class WeightLoader:
         biases = [self.tensor(f"{prefix}{n}.bias", size) for n, size in outputs.items() if bias]
         stacked = weights[0] if len(weights) == 1 else torch.cat(weights)
         return self._operations.pack_linear(stacked, torch.cat(biases) if biases else None)
+
+
+def load_layers(
+    loader: WeightLoader, config: ModelConfig, threads: int, progress: Progress | None = None
+) -> list[LayerWeights]:
+    """All layers in order, several at a time; the first error ends the loading."""
+    layers = []
+    with ThreadPoolExecutor(threads, thread_name_prefix="weights") as pool:
+        loading = [pool.submit(load_layer, loader, config, i) for i in range(config.num_layers)]
+        try:
+            for index, future in enumerate(loading):
+                layers.append(future.result())
+                if progress is not None:
+                    progress(f"layer {index}", index + 1, config.num_layers)
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return layers
 
 
 def load_layer(loader: WeightLoader, config: ModelConfig, index: int) -> LayerWeights:

@@ -1,12 +1,14 @@
 """Log-probabilities for clients: of drawn tokens, and of the tokens of a prompt.
 
 Of prompts raw, that is of the model's logits before any edit; of drawn tokens as the request asks
-(`kernels/logprobs.py` and `kernels/processed_logprobs.py` have the definitions).
+(`kernels/logprobs.py` and `kernels/processed_logprobs.py` have the definitions). They are computed
+with the step and read with its tokens: scoring does not wait for the device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -17,22 +19,30 @@ from millrace.kernels.logprobs import RawLogprobs
 ROWS_AT_ONCE = 64  # of a prompt: the logits of a whole chunk could be gigabytes
 
 
-def token_logprobs(token_ids: torch.Tensor, raw: RawLogprobs) -> list[TokenLogprobs]:
-    """One entry for each of the tokens i64 [N] that `raw` was made for; waits for the device."""
-    columns = (token_ids, raw.logprobs, raw.ranks, raw.top_ids, raw.top_logprobs)
-    return list(map(TokenLogprobs, *(column.tolist() for column in columns)))
+@dataclass(frozen=True, slots=True)
+class ScoredTokens:
+    """Tokens i64 [N] and their logprobs, on the device."""
+
+    token_ids: torch.Tensor
+    raw: RawLogprobs
+
+    def read(self) -> list[TokenLogprobs]:
+        """One entry for each token; waits for the device."""
+        raw = self.raw
+        columns = (self.token_ids, raw.logprobs, raw.ranks, raw.top_ids, raw.top_logprobs)
+        return list(map(TokenLogprobs, *(column.tolist() for column in columns)))
 
 
-def prompt_logprobs(
+def score_prompt(
     hidden: torch.Tensor,
     targets: torch.Tensor,
     num_top: int,
     logits: Callable[[torch.Tensor], torch.Tensor],
     operations: Operations,
-) -> list[TokenLogprobs]:
+) -> list[ScoredTokens]:
     """Score targets i64 [N] under hidden states [N, E]; `logits` maps [n, E] to [n, V]."""
-    scored: list[TokenLogprobs] = []
-    chunks = zip(torch.split(hidden, ROWS_AT_ONCE), torch.split(targets, ROWS_AT_ONCE), strict=True)
-    for rows, ids in chunks:
-        scored += token_logprobs(ids, operations.raw_logprobs(logits(rows), ids, num_top))
-    return scored
+    pairs = zip(torch.split(hidden, ROWS_AT_ONCE), torch.split(targets, ROWS_AT_ONCE), strict=True)
+    return [
+        ScoredTokens(ids, operations.raw_logprobs(logits(rows), ids, num_top))
+        for rows, ids in pairs
+    ]

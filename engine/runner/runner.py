@@ -1,9 +1,11 @@
-"""Runner (5 of 8): turns a StepPlan into device tensors, one forward pass and one draw.
+"""Runner (5 of 8): carries out a StepPlan: tells the device what changed, launches, fetches tokens.
 
-Knows slots, not requests' owners. The tokens it draws stay on the device, as the next step's input;
-`LaunchedStep.result()` is the only place where the host waits for them.
+Knows slots, not requests' owners. The tokens that a step draws stay on the device, as the next
+step's input; `LaunchedStep.result()` is the only place where the host waits for them. A step in
+which the same slots go on decoding sends nothing and is one call (on CUDA one graph replay).
 
-Before it: scheduler/scheduler.py, which made the plan. After it: engine/models/decoder.py.
+Before it: scheduler/scheduler.py, which made the plan. After it: engine/models/decoder.py, through
+device_step.py beside this file.
 """
 
 from __future__ import annotations
@@ -11,20 +13,21 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from millrace.engine.core.messages import NewRequest, TokenLogprobs
-from millrace.engine.models.decoder import Decoder
-from millrace.engine.models.forward_batch import ForwardBatch, KVCache
-from millrace.engine.runner.logprobs import prompt_logprobs, token_logprobs
-from millrace.engine.runner.request_table import RequestTable
-from millrace.kernels.attention import AttentionBatch
-from millrace.kernels.dispatch import Operations
-from millrace.kernels.logprobs import RawLogprobs
+from millrace.engine.runner.changes import ChangePacker, Slots
+from millrace.engine.runner.copies import Arrival, Copies
+from millrace.engine.runner.device_step import DeviceStep, Score
+from millrace.engine.runner.graphs import DecodeCalls, StepShape
+from millrace.engine.runner.logprobs import ScoredTokens, score_prompt
+from millrace.engine.runner.packed import PackedArrays
+from millrace.engine.runner.request_table import Views
 from millrace.kernels.sampling import SampledTokens
 from millrace.scheduler.plan import PrefillChunk, StepPlan, StepResult
 from millrace.scheduler.request import Request
+
+Scored = dict[int, ScoredTokens]
 
 
 @dataclass(slots=True)
@@ -32,47 +35,46 @@ class LaunchedStep:
     """A step whose tokens may still be on their way to the host."""
 
     step: int
-    slots: npt.NDArray[np.int64]  # [N], of the rows that drew a token
-    sampled: SampledTokens
-    stopped: torch.Tensor  # bool [N]
-    scored: dict[int, tuple[torch.Tensor, RawLogprobs]] = field(default_factory=dict)
-    """slot -> (its token i64 [1], logprobs of that one row), where asked for"""
-    prompt_logprobs: dict[int, tuple[int, list[TokenLogprobs]]] = field(default_factory=dict)
-    """slot -> (first position scored, scores of that position on)"""
+    slots: Slots  # [N], of the rows that drew a token
+    drawn: Arrival  # i64 [3, max_rows]: token id, stopped, ok; the first N columns
+    scored: Scored = field(default_factory=dict)
+    """slot -> its token with its logprobs, where asked for"""
+    prompts: dict[int, tuple[int, list[ScoredTokens]]] = field(default_factory=dict)
+    """slot -> (first position scored, that position on)"""
 
     def result(self) -> StepResult:
         """Wait for the tokens."""
-        return StepResult(
-            self.step,
-            self.slots,
-            self.sampled.token_ids.cpu().numpy(),
-            self.stopped.cpu().numpy(),
-            self.sampled.ok.cpu().numpy(),
-        )
+        token_ids, stopped, ok = self.drawn.wait()[:, : len(self.slots)]
+        return StepResult(self.step, self.slots, token_ids, stopped != 0, ok != 0)
 
     def logprobs(self) -> dict[int, TokenLogprobs]:
         """Of the drawn tokens, by slot, where asked for."""
+        return {slot: scored.read()[0] for slot, scored in self.scored.items()}
+
+    def prompt_logprobs(self) -> dict[int, tuple[int, list[TokenLogprobs]]]:
+        """By slot, where asked for: the first position scored, and the scores from there on."""
         return {
-            slot: token_logprobs(token_id, raw)[0] for slot, (token_id, raw) in self.scored.items()
+            slot: (start, [entry for part in parts for entry in part.read()])
+            for slot, (start, parts) in self.prompts.items()
         }
 
 
 class Runner:
     """One model on one device, with its KV cache and the table of running requests."""
 
-    def __init__(
-        self, model: Decoder, operations: Operations, kv: KVCache, table: RequestTable
-    ) -> None:
-        self._model = model
-        self._operations = operations
-        self._kv = kv
-        self._table = table
-        self._device = table.computed.device
-        self._block_size = kv.keys[0].shape[1]
-        num_slots = len(table.computed)
+    def __init__(self, step: DeviceStep, calls: DecodeCalls, copies: Copies) -> None:
+        self._step = step
+        self._calls = calls
+        self._operations = step.operations
+        self._copies = copies
+        self._table = table = step.table
+        num_slots = table.scratch_slot
+        self._packer = ChangePacker(
+            table.tokens.shape[1], table.block_table.shape[1], table.sampling.vocab
+        )
         self._decodes = np.zeros(num_slots, np.bool_)
         self._decode_slots = np.zeros(0, np.int64)  # the same as indices, in ascending order
-        self._length = np.zeros(num_slots, np.int64)  # the host's copy of table.computed
+        self._length = np.zeros(num_slots, np.int64)  # tokens computed, at most
         self._num_top: dict[int, int] = {}  # slot -> output logprobs wanted
         self._processed: set[int] = set()  # the slots among them that want processed ones
         self._prompt_top: dict[int, tuple[int, int]] = {}  # slot -> (prompt length, alternatives)
@@ -80,16 +82,24 @@ class Runner:
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> LaunchedStep:
         """Launch one step; the plan's changes are applied even if computing then fails."""
-        self._update(plan)
-        batch = self._batch(plan.prefill)
-        hidden = self._model.forward(batch, self._kv)
-        launched = self._draw(plan, batch, hidden)
-        end = plan.num_decodes
+        rows = self._tell(plan)
+        self._length[self._decode_slots] += 1
+        scored: Scored = {}
+        if not plan.prefill:
+            self._decode(self._scorer(self._decode_slots, scored))
+            return self._launched(plan, self._decode_slots, scored)
+        for chunk in plan.prefill:
+            self._length[chunk.slot] = chunk.start + chunk.length
+        drawing = [chunk.slot for chunk in plan.prefill if chunk.samples]
+        slots = np.concatenate([self._decode_slots, np.array(drawing, np.int64)])
+        hidden = self._mixed(rows, plan.prefill, self._scorer(slots, scored))
+        launched = self._launched(plan, slots, scored)
+        end = len(self._decode_slots)
         for chunk in plan.prefill:
             start, end = end, end + chunk.length
             if chunk.slot in self._prompt_top:
-                scored = self._score_prompt(chunk, hidden[start:end])
-                launched.prompt_logprobs[chunk.slot] = (chunk.start + 1, scored)
+                prompt = self._score_prompt(chunk, hidden[start:end])
+                launched.prompts[chunk.slot] = (chunk.start + 1, prompt)
         return launched
 
     def forget_decodes(self) -> None:
@@ -97,22 +107,32 @@ class Runner:
         self._decodes[:] = False
         self._decode_slots = np.zeros(0, np.int64)
 
-    # ------------------------------------------------------------ plan -> tensors
+    # ------------------------------------------------------------ what the device must be told
 
-    def _update(self, plan: StepPlan) -> None:
-        self._table.update(plan)
+    def _tell(self, plan: StepPlan) -> Views:
+        """Send what changed, if anything did; returns the arrays as they are on the device."""
         for slot in plan.released:
             self._num_top.pop(slot, None)
             self._processed.discard(slot)
             self._prompt_top.pop(slot, None)
         for request in plan.admitted:
             self._note_logprobs(request)
-        for chunk in plan.prefill:
-            self._length[chunk.slot] = chunk.start
+        packed = PackedArrays()
+        self._packer.table_changes(plan, packed)
         if plan.decode_leaves or plan.decode_joins:
             self._decodes[plan.decode_leaves] = False
             self._decodes[plan.decode_joins] = True
             self._decode_slots = np.flatnonzero(self._decodes)
+            padded = np.full(len(self._decodes), self._table.scratch_slot, np.int64)
+            padded[: len(self._decode_slots)] = self._decode_slots
+            packed.add("decode_slots", padded)
+        if plan.prefill:
+            self._packer.chunk_rows(self._decode_slots, plan.prefill, packed)
+        if packed.num_bytes == 0:
+            return {}
+        arrived = packed.views(self._copies.send(packed))
+        self._table.apply(arrived)
+        return arrived
 
     def _note_logprobs(self, request: Request) -> None:
         assert isinstance(request.payload, NewRequest), "the engine submits NewRequests"
@@ -124,98 +144,64 @@ class Runner:
         if params.prompt_logprobs is not None:
             self._prompt_top[request.slot] = (len(request.prompt), params.prompt_logprobs)
 
-    def _batch(self, prefill: list[PrefillChunk]) -> ForwardBatch:
-        """Rows: every decoding slot with one token, then the chunks with theirs.
+    # ------------------------------------------------------------ launching
 
-        Which positions these are, and which tokens, the table knows: a row goes on where its slot
-        has stopped.
-        """
-        table, num_decodes = self._table, len(self._decode_slots)
-        host_slots = np.concatenate([self._decode_slots, [chunk.slot for chunk in prefill]])
-        host_lens = np.concatenate([np.ones(num_decodes), [chunk.length for chunk in prefill]])
-        self._length[host_slots.astype(np.int64)] += host_lens.astype(np.int64)
-        slots, query_lens = self._to_device(host_slots), self._to_device(host_lens)  # [R]
-        starts = table.computed[slots]
-        query_start = torch.zeros(len(slots) + 1, dtype=torch.int64, device=self._device)
-        torch.cumsum(query_lens, 0, out=query_start[1:])
-        num_tokens = int(host_lens.sum())
-        rows = torch.arange(len(slots), device=self._device)
-        rows = rows.repeat_interleave(query_lens, output_size=num_tokens)  # [T]
-        offsets = torch.arange(num_tokens, device=self._device) - query_start[rows]
-        positions = starts[rows] + offsets  # [T]
-        blocks = table.block_table[slots[rows], positions // self._block_size].long()
-        context_lens = starts + query_lens
-        table.computed[slots] = context_lens
-        return ForwardBatch(
-            token_ids=table.tokens[slots[rows], positions],
-            positions=positions,
-            write_index=blocks * self._block_size + positions % self._block_size,
-            attention=AttentionBatch(
-                block_table=table.block_table,
-                slots=slots,
-                query_start=query_start.to(torch.int32),
-                context_lens=context_lens.to(torch.int32),
-                max_query_len=int(host_lens.max()),
-                max_context_len=int(self._length[host_slots.astype(np.int64)].max()),
-                num_decodes=num_decodes,
-            ),
+    def _decode(self, score: Score | None) -> None:
+        """One token for each decoding slot."""
+        slots = self._decode_slots
+        shape = self._calls.fit(StepShape(len(slots), int(self._length[slots].max())))
+        if score is None:
+            self._calls.replay(shape)
+        else:  # a graph keeps its logits to itself
+            self._step.decode(shape, score)
+
+    def _mixed(self, rows: Views, prefill: list[PrefillChunk], score: Score | None) -> torch.Tensor:
+        slots = [*self._decode_slots.tolist(), *(chunk.slot for chunk in prefill)]
+        return self._step.mixed(
+            rows,
+            num_decodes=len(self._decode_slots),
+            max_query=max(chunk.length for chunk in prefill),
+            max_context=int(self._length[slots].max()),
+            score=score,
         )
 
-    # ------------------------------------------------------------ hidden states -> tokens
+    def _launched(self, plan: StepPlan, slots: Slots, scored: Scored) -> LaunchedStep:
+        """Send the drawn tokens on their way."""
+        drawn = self._table.drawn  # fetched whole: a part would be gathered on the device first
+        return LaunchedStep(plan.step, slots, self._copies.fetch(drawn), scored)
 
-    def _draw(self, plan: StepPlan, batch: ForwardBatch, hidden: torch.Tensor) -> LaunchedStep:
-        """Draw the next token of every decoding row and of every chunk that ends its prompt."""
-        table = self._table
-        chunks = [(plan.num_decodes + i, c.slot) for i, c in enumerate(plan.prefill) if c.samples]
-        host_rows = np.array([*range(plan.num_decodes), *(row for row, _ in chunks)], np.int64)
-        host_slots = np.array([*self._decode_slots, *(slot for _, slot in chunks)], np.int64)
-        rows, slots = self._to_device(host_rows), self._to_device(host_slots)  # [N] of the batch
-        last_token = batch.attention.query_start[1:][rows].long() - 1  # [N]
-        positions = batch.positions[last_token] + 1  # of the tokens to draw
-        logits = self._model.logits(hidden[last_token])  # [N, V]
-        sampled = self._operations.sample(logits, slots, positions, table.sampling)
-        scored = self._score_drawn(host_slots, logits, slots, positions, sampled)
-        table.tokens[slots, positions] = sampled.token_ids
-        table.sampling.record(slots, sampled.token_ids)
-        stop_ids = table.sampling.stop_ids[slots]  # [N, K]
-        stopped = (stop_ids == sampled.token_ids[:, None]).any(dim=1)
-        return LaunchedStep(plan.step, host_slots, sampled, stopped, scored)
+    # ------------------------------------------------------------ scores
 
-    def _score_drawn(
-        self,
-        host_slots: npt.NDArray[np.int64],
-        logits: torch.Tensor,
-        slots: torch.Tensor,
-        positions: torch.Tensor,
-        sampled: SampledTokens,
-    ) -> dict[int, tuple[torch.Tensor, RawLogprobs]]:
-        """Logprobs of the drawn tokens by slot, a row at a time: only who asks pays.
+    def _scorer(self, host_slots: Slots, scored: Scored) -> Score | None:
+        """Fills `scored` when the step draws; None where nobody asked for logprobs."""
+        asked = [(row, s) for row, s in enumerate(host_slots.tolist()) if s in self._num_top]
+        if not asked:
+            return None
 
-        Processed ones read the penalties' counts as the draw did, so before it is recorded.
-        """
-        scored: dict[int, tuple[torch.Tensor, RawLogprobs]] = {}
-        for row, slot in enumerate(host_slots.tolist()):
-            if slot not in self._num_top:
-                continue
-            one, drawn, num_top = slice(row, row + 1), sampled.row(row), self._num_top[slot]
-            if slot in self._processed:
-                logprobs = self._operations.processed_logprobs(
-                    *(logits[one], slots[one], positions[one], self._table.sampling),
-                    *(drawn, num_top),
-                )
-            else:
-                logprobs = self._operations.raw_logprobs(logits[one], drawn.token_ids, num_top)
-            scored[slot] = (drawn.token_ids, logprobs)
-        return scored
+        def score(
+            logits: torch.Tensor,
+            slots: torch.Tensor,
+            positions: torch.Tensor,
+            sampled: SampledTokens,
+        ) -> None:
+            for row, slot in asked:  # a row at a time: only who asks pays
+                one, drawn, num_top = slice(row, row + 1), sampled.row(row), self._num_top[slot]
+                if slot in self._processed:
+                    logprobs = self._operations.processed_logprobs(
+                        *(logits[one], slots[one], positions[one], self._table.sampling),
+                        *(drawn, num_top),
+                    )
+                else:
+                    logprobs = self._operations.raw_logprobs(logits[one], drawn.token_ids, num_top)
+                scored[slot] = ScoredTokens(drawn.token_ids, logprobs)
 
-    def _score_prompt(self, chunk: PrefillChunk, hidden: torch.Tensor) -> list[TokenLogprobs]:
+        return score
+
+    def _score_prompt(self, chunk: PrefillChunk, hidden: torch.Tensor) -> list[ScoredTokens]:
         """Scores of the prompt tokens that follow the chunk's positions."""
         num_prompt, num_top = self._prompt_top[chunk.slot]
         end = min(chunk.start + chunk.length + 1, num_prompt)
-        targets = self._table.tokens[chunk.slot, chunk.start + 1 : end]
-        return prompt_logprobs(
-            hidden[: len(targets)], targets, num_top, self._model.logits, self._operations
+        targets = self._table.tokens[chunk.slot, chunk.start + 1 : end].clone()
+        return score_prompt(
+            hidden[: len(targets)], targets, num_top, self._step.model.logits, self._operations
         )
-
-    def _to_device(self, values: npt.NDArray[np.generic]) -> torch.Tensor:
-        return torch.from_numpy(values.astype(np.int64)).to(self._device, non_blocking=True)

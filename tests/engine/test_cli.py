@@ -19,7 +19,7 @@ from millrace.engine.config import EngineConfig
 from millrace.engine.server import grpc_server
 from millrace.engine.text.tokenizer import load_tokenizer
 
-COMMANDS = ("serve", "generate", "chat", "tokenize", "bench", "doctor")
+COMMANDS = ("serve", "generate", "chat", "tokenize", "bench", "doctor", "compile")
 LETTERS = "abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ.,!?"
 
 
@@ -250,6 +250,48 @@ def test_doctor_fails_where_something_is_missing(run, model):
     broken = run("doctor", "--model", model, "--kv-cache-memory", "1")
     assert broken.exit_code == 1
     assert "kv_cache_memory" in broken.stdout
+
+
+def test_compile_needs_a_gpu_or_a_target(run):
+    result = run("compile")
+    assert result.exit_code == 2
+    assert "--target" in result.stderr
+
+
+def test_compile_names_the_targets_there_are(run):
+    result = run("compile", "--target", "sm_1")
+    assert result.exit_code == 2
+    assert "sm_90" in result.stderr and "gfx942" in result.stderr
+
+
+def test_compile_for_a_gpu_that_is_not_here_says_where_the_cache_is(run, monkeypatch, tmp_path):
+    from millrace.kernels import aot
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    merge = [spec for spec in aot.SPECS if spec.name == "attention merge D128"]
+    monkeypatch.setattr(aot, "SPECS", merge)
+    result = run("compile", "--target", "sm_90")
+    assert result.exit_code == 0
+    assert f"1 kernels compiled into {tmp_path}" in result.stdout
+    assert list(tmp_path.rglob("*.cubin"))
+
+
+def test_compile_on_a_gpu_starts_an_engine_and_counts_what_was_compiled(run, monkeypatch):
+    """Here without a GPU: the engine is a stand-in whose start compiles two kernels."""
+    import triton
+
+    from millrace.engine.core import build
+
+    def build_core(config, location, progress):
+        for cache_hit in (False, True, False):
+            triton.knobs.compilation.listener(cache_hit=cache_hit, metadata={})
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(build, "build_core", build_core)
+    result = run("compile")
+    assert result.exit_code == 0
+    assert "2 kernels compiled into" in result.stdout
+    assert triton.knobs.compilation.listener is None
 
 
 def test_doctor_agrees_with_the_engine_about_the_blocks(run, model):

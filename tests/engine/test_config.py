@@ -53,7 +53,7 @@ def test_every_setting_can_come_from_each_place(monkeypatch, yaml_file):
         **{"kv_cache_memory": 10, "gpu_memory_fraction": 0.5, "prefix_caching": False},
         **{"host": "::1", "port": 11, "http_port": 12, "drain_timeout_s": 1.5},
         **{"default_timeout_s": 2.5, "seed": 13, "policy": "fair_share", "max_wait_s": 3.5},
-        **{"priority_aging_s": 4.5, "itl_target_ms": 50.0},
+        **{"priority_aging_s": 4.5, "itl_target_ms": 50.0, "run_ahead": 2},
     }
     expected = EngineConfig(**values)
     assert set(values) == {field.name for field in dataclasses.fields(EngineConfig)}
@@ -86,6 +86,7 @@ def test_an_empty_file_is_no_settings(yaml_file):
         ("max_waiting_tokens", 0),
         ("max_step_tokens", 0),
         ("max_step_tokens", 63),  # below max_running
+        ("run_ahead", -1),
         ("block_size", 24),
         ("policy", "lottery"),
         ("max_wait_s", -1.0),

@@ -8,6 +8,7 @@ import pytest
 from millrace.engine.config import EngineConfig
 from millrace.engine.core.build import build_core
 from millrace.engine.core.messages import Delta, NewRequest, StepOutput
+from millrace.engine.runner.graphs import DirectCalls
 from millrace.engine.sampling_params import SamplingParams
 from millrace.engine.weights.locate import ModelLocation
 
@@ -28,11 +29,14 @@ class Collected:
 class World:
     """An EngineCore and all that it has said."""
 
-    def __init__(self, path, run_ahead=0, **settings):
+    def __init__(self, path, sizes=None, **settings):
         settings = {"max_running": 8, "max_step_tokens": 64, "block_size": 16} | settings
         config = EngineConfig(device="cpu", dtype="float32", **settings)
         location = ModelLocation(path, "tiny", "folder")
-        self.core, self.ready = build_core(config, location, run_ahead=run_ahead)
+        self.core, self.ready = build_core(config, location)
+        if sizes is not None:  # pad batches to these sizes, as CUDA graphs do
+            runner = self.core._runner
+            runner._calls = DirectCalls(runner._step.decode, sizes)
         self.got: dict[int, Collected] = {}
         self.stats = []
         self.answers = []

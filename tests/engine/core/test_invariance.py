@@ -44,6 +44,8 @@ def alone(tiny_llama, prompts, world_class):
         pytest.param({"prefix_caching": False}, id="no prefix cache"),
         pytest.param({"run_ahead": 1}, id="one step ahead"),
         pytest.param({"run_ahead": 2, "max_step_tokens": 16}, id="two steps ahead"),
+        pytest.param({"sizes": (1, 2, 4, 8)}, id="padded batches"),
+        pytest.param({"sizes": (8,), "run_ahead": 1}, id="padded to the full, one step ahead"),
     ],
 )
 def test_same_tokens_as_alone(make_world, prompts, alone, settings):

@@ -206,7 +206,7 @@ def test_a_failing_step_ends_its_requests_and_not_the_engine(make_world, monkeyp
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(runner._model, "logits", fail)
+        patch.setattr(runner._step.model, "logits", fail)
         world.step()
     assert world.got[2].finish == world.got[3].finish == ["error"]
     assert "out of memory" in world.got[2].last.error
@@ -222,7 +222,7 @@ def test_nan_logits_fail_their_own_row_only(make_world, monkeypatch):
     world.submit(3, prompt_of(12, seed=4), max_tokens=10, ignore_eos=True)
     for _ in range(3):
         world.step()
-    model = world.core._runner._model
+    model = world.core._runner._step.model
     logits = model.logits
 
     def poison_second_row(hidden):

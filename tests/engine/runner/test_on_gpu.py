@@ -1,0 +1,76 @@
+"""The runner on a GPU: graphs, copies and memory for real. Skipped where there is none."""
+
+import numpy as np
+import pytest
+import torch
+
+from millrace.engine.config import EngineConfig
+from millrace.engine.core.build import build_core
+from millrace.engine.core.messages import NewRequest, StepOutput
+from millrace.engine.runner.graphs import DirectCalls, Graphs
+from millrace.engine.sampling_params import SamplingParams
+from millrace.engine.weights.locate import ModelLocation
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
+]
+SAMPLED = [{"temperature": 0.0}, {"temperature": 0.8, "top_p": 0.9, "frequency_penalty": 0.3}]
+
+
+def core_of(path, **settings):
+    settings = {"max_running": 8, "max_step_tokens": 64, "kv_cache_memory": 10**7} | settings
+    config = EngineConfig(device="cuda", dtype="float32", **settings)
+    return build_core(config, ModelLocation(path, "tiny", "folder"))[0]
+
+
+def submit(core, count, max_tokens=24):
+    for index in range(count):
+        prompt = np.random.default_rng(index).integers(3, 199, 16 + index).astype("<i4")
+        params = SamplingParams(**SAMPLED[index % 2], max_tokens=max_tokens, seed=index)
+        core.handle(NewRequest(index, prompt.tobytes(), params, max_tokens, [], 0.0))
+
+
+def tokens_of(core, count):
+    submit(core, count)
+    tokens = [[] for _ in range(count)]
+    while not core.is_idle:
+        for message in core.step():
+            for delta in message.deltas if isinstance(message, StepOutput) else ():
+                tokens[delta.id] += delta.token_ids
+    return tokens
+
+
+@pytest.mark.parametrize("run_ahead", [0, 1, 2])
+def test_graphs_draw_the_tokens_of_direct_calls(tiny_llama, run_ahead):
+    captured = core_of(tiny_llama.path, run_ahead=run_ahead)
+    assert isinstance(captured._runner._calls, Graphs)
+    direct = core_of(tiny_llama.path, run_ahead=0)
+    direct._runner._calls = DirectCalls(direct._runner._step.decode, captured._runner._calls._sizes)
+    assert tokens_of(captured, 5) == tokens_of(direct, 5)
+
+
+def test_a_steady_decode_step_neither_waits_nor_allocates(tiny_llama):
+    core = core_of(tiny_llama.path)
+    submit(core, 5, max_tokens=100)
+    for _ in range(6):
+        core.step()
+    torch.cuda.synchronize()
+    segments = torch.cuda.memory_stats()["segment.all.allocated"]
+    for _ in range(20):
+        plan = core.scheduler.schedule()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            launched = core._runner.execute(plan)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        core._launched.append(launched)
+        core._apply(core._launched.popleft())
+    assert torch.cuda.memory_stats()["segment.all.allocated"] == segments
+
+
+def test_the_cache_fills_its_share_and_no_more(tiny_llama):
+    core = core_of(tiny_llama.path, kv_cache_memory=None, gpu_memory_fraction=0.5)
+    tokens_of(core, 5)
+    free, total = torch.cuda.mem_get_info()
+    assert 0.45 < 1 - free / total < 0.52
