@@ -14,7 +14,7 @@ from millrace.kernels.sampling import GREEDY_BELOW
 from millrace.kernels.slot_sampling import MAX_STOP_IDS, SCALARS
 
 _COLUMNS = tl.constexpr(len(SCALARS))
-_TEMPERATURE = tl.constexpr(SCALARS.index("temperature"))
+TEMPERATURE = tl.constexpr(SCALARS.index("temperature"))
 _TEMPERATURE_LAST = tl.constexpr(SCALARS.index("temperature_last"))
 TOP_N_SIGMA = tl.constexpr(SCALARS.index("top_n_sigma"))
 TOP_K = tl.constexpr(SCALARS.index("top_k"))
@@ -41,7 +41,7 @@ def scalar(p_scalars, slot, COLUMN: tl.constexpr):
 @triton.jit
 def temperature_factors(p_scalars, slot):
     """(whether the row samples, the factor before the filters, the factor after them)."""
-    temperature = scalar(p_scalars, slot, _TEMPERATURE)
+    temperature = scalar(p_scalars, slot, TEMPERATURE)
     samples = temperature >= _GREEDY_BELOW
     inverse = tl.div_rn(1.0, tl.where(samples, temperature, 1.0))
     last = scalar(p_scalars, slot, _TEMPERATURE_LAST) > 0

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from millrace.kernels.checks import expect
 from millrace.kernels.configs import LaunchConfig
+from millrace.kernels.edits_triton import TEMPERATURE, scalar
 from millrace.kernels.matmul_fused import Fusion, InputNorm, check_linear
 from millrace.kernels.matmul_plan import MAX_ROWS, decode_config, split_length
 from millrace.kernels.matmul_tile_triton import inverse_rms, product_of_splits
@@ -49,7 +50,7 @@ def head_kernel(
     p_norm_squares,  # f32 [R, NORM_TILES] or None
     p_slots,  # i64 [R]
     p_positions,  # i64 [R]
-    p_temperature,  # f32 [S]
+    p_scalars,  # f32 [S, len(SCALARS)]
     p_seed,  # i64 [S]
     p_best,  # f32 [R, blocks], the block's best score; NaN if it holds one
     p_best_id,  # i32 [R, blocks]
@@ -87,7 +88,7 @@ def head_kernel(
 
     b_slot = tl.load(p_slots + o_row)
     b_position = tl.load(p_positions + o_row)
-    b_temperature = tl.load(p_temperature + b_slot)
+    b_temperature = scalar(p_scalars, b_slot, TEMPERATURE)
     m_greedy = b_temperature < _GREEDY_BELOW
     b_inverse = tl.div_rn(tl.full([BLOCK_T], 1.0, tl.float32), b_temperature)
     o_call = i_tile * _CALLS + first_call + tl.arange(0, _BLOCK_CALLS)
@@ -161,7 +162,7 @@ def draw_from_hidden(
         p_norm_squares=None if norm is None else norm.squares,
         p_slots=slots,
         p_positions=positions,
-        p_temperature=params.temperature,
+        p_scalars=params.scalars,
         p_seed=params.seed,
         p_best=best,
         p_best_id=best_id,

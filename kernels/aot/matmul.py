@@ -30,7 +30,7 @@ TYPES = {
     "p_head": "*bf16",
     "p_slots": "*i64",
     "p_positions": "*i64",
-    "p_temperature": "*fp32",
+    "p_scalars": "*fp32",
     "p_seed": "*i64",
     "p_best": "*fp32",
     "p_best_id": "*i32",
