@@ -172,6 +172,8 @@ def _decode_group(
 ) -> DecodeGroup:
     batch, window = attention.prepared.batch, attention.prepared.window
     num_blocks, block_size, num_kv_heads, _ = cache_shape
+    # torch's sparse product loses values where a row has more entries than the matrix has columns.
+    length = min(length, num_blocks * block_size * num_kv_heads)
     batch_rows = rows if attention.order is None else attention.order[rows]
     context = batch.context_lens[batch_rows].long().unsqueeze(1)
     first = 0 if window is None else (context - window).clamp_(min=0)

@@ -7,7 +7,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from millrace.kernels.attention import paged_attention_reference, prepare_attention
+from millrace.kernels.attention import (
+    AttentionBatch,
+    paged_attention_reference,
+    prepare_attention,
+)
 from millrace.kernels.attention_cpu import (
     MAX_GROUP_SCORES,
     padded_length,
@@ -184,3 +188,29 @@ def test_values_that_contradict_each_other_are_named(attention_case, change, nam
     case = attention_case([33, 5], [1, 3])
     with pytest.raises(ValueError, match=name):
         prepare_attention_cpu(replace(case.batch, **change), case.block_size)
+
+
+def test_a_context_that_fills_the_whole_cache_of_one_kv_head(attention_case):
+    """Its padded length, 320, is more than the 272 rows that the cache has."""
+    blocks, block_size, heads, head_dim = 17, 16, 2, 64
+    random = torch.Generator().manual_seed(0)
+    q, keys, values = (
+        torch.randn(shape, generator=random)
+        for shape in (
+            (1, heads, head_dim),
+            (blocks, block_size, 1, head_dim),
+            (blocks, block_size, 1, head_dim),
+        )
+    )
+    batch = AttentionBatch(
+        block_table=torch.randperm(blocks, generator=random).to(torch.int32).unsqueeze(0),
+        slots=torch.zeros(1, dtype=torch.int64),
+        query_start=torch.tensor([0, 1], dtype=torch.int32),
+        context_lens=torch.tensor([blocks * block_size], dtype=torch.int32),
+        max_query_len=1,
+        max_context_len=blocks * block_size,
+        num_decodes=1,
+    )
+    assert padded_length(blocks * block_size) > blocks * block_size
+    case = attention_case([1])
+    assert_is_defined_attention(replace(case, q=q, k_cache=keys, v_cache=values, batch=batch))
