@@ -18,11 +18,8 @@ import torch
 from torch import Tensor
 
 from millrace.kernels import activation, attention, attention_cpu, kv_append, matmul, norm
+from millrace.kernels.drawn_logprobs import drawn_logprobs_cpu, drawn_logprobs_reference
 from millrace.kernels.logprobs import RawLogprobs, raw_logprobs_cpu, raw_logprobs_reference
-from millrace.kernels.processed_logprobs import (
-    processed_logprobs_cpu,
-    processed_logprobs_reference,
-)
 from millrace.kernels.sampling import SampledTokens, sample_reference
 from millrace.kernels.sampling_cpu import sample_cpu
 
@@ -60,7 +57,7 @@ class Operations:
     pack_linear: Callable[..., matmul.PackedLinear]  # matmul.pack_linear
     sample: Callable[..., SampledTokens]  # sampling.sample_reference
     raw_logprobs: Callable[..., RawLogprobs]  # logprobs.raw_logprobs_reference
-    processed_logprobs: Callable[..., RawLogprobs]  # processed_logprobs_reference
+    drawn_logprobs: Callable[..., RawLogprobs]  # drawn_logprobs.drawn_logprobs_reference
 
 
 REFERENCE = Operations(
@@ -75,7 +72,7 @@ REFERENCE = Operations(
     pack_linear=matmul.pack_linear_reference,
     sample=sample_reference,
     raw_logprobs=raw_logprobs_reference,
-    processed_logprobs=processed_logprobs_reference,
+    drawn_logprobs=drawn_logprobs_reference,
 )
 
 TORCH_ON_GPU = replace(
@@ -95,7 +92,7 @@ TORCH_ON_CPU = replace(
     paged_attention=attention_cpu.paged_attention_cpu,
     sample=sample_cpu,
     raw_logprobs=raw_logprobs_cpu,
-    processed_logprobs=processed_logprobs_cpu,
+    drawn_logprobs=drawn_logprobs_cpu,
 )
 
 
@@ -137,7 +134,7 @@ def _triton_operations(on_gpu: bool) -> Operations:
         paged_attention=attention_triton.paged_attention,
         sample=sampling_triton.sample_triton,
         raw_logprobs=logprobs_triton.raw_logprobs_triton,
-        processed_logprobs=logprobs_triton.processed_logprobs_triton,
+        drawn_logprobs=logprobs_triton.drawn_logprobs_triton,
     )
 
 
