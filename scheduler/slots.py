@@ -101,14 +101,14 @@ class SlotTable:
         Steps of the same slots (the same array) are written together: the rows are far apart, and
         so the processor finds those of the next step near at hand.
         """
-        for _, steps in groupby(self._log, key=lambda step: id(step[0])):
-            slots, token_ids = next(steps)
+        for _, group in groupby(self._log, key=lambda step: id(step[0])):
+            steps = list(group)
+            slots = steps[0][0]
             address = self._next_token[slots]
-            self._tokens[address] = token_ids
             for _, token_ids in steps:
-                address += ONE
                 self._tokens[address] = token_ids
-            self._next_token[slots] = address + ONE
+                address += ONE
+            self._next_token[slots] = address
         self._log.clear()
 
     def add_blocks(self, slots: Slots, blocks: BlockIds) -> Slots:
