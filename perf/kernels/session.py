@@ -75,22 +75,24 @@ class Session:
         self.cut = self.cut or time.monotonic() > self.deadline
         return self.cut
 
-    def measure_all(self, cases: Iterable[Case]) -> None:
-        """Check and time each provider on each case, until the time is up."""
+    def measure_all(self, cases: Iterable[Case]) -> list[Row]:
+        """Check and time each provider on each case, until the time is up; the recorded rows."""
+        rows: list[Row] = []
         if self.compiles is not None:
             for case in islice(cases, self.compiles[0], None, self.compiles[1]):
                 self._compile(case)
-            return
+            return rows
         for case in cases:
             if self.out_of_time():
-                return
+                break
             for name, provider in case.providers.items():
-                row = self.measure(case, name, provider)
-                print(line_of(row), flush=True)
-                self.record(asdict(row))
+                rows.append(self.measure(case, name, provider))
+                print(line_of(rows[-1]), flush=True)
+                self.record(asdict(rows[-1]))
                 gc.collect()
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()
+        return rows
 
     def _compile(self, case: Case) -> None:
         """Run our forms once, small: Triton keeps what it compiled on the disk."""
