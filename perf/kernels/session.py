@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -68,6 +69,7 @@ class Session:
     record: Callable[[dict[str, Any]], None]
     ceilings: Ceilings | None = None  # None while they are measured themselves
     compiles: tuple[int, int] | None = None  # (i, n): compile every n-th case from i on, no more
+    folder: Path = Path()  # of the results, for what is a file of its own: traces
     cut: bool = field(default=False)  # whether something was left out for lack of time
 
     def out_of_time(self) -> bool:
