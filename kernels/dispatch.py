@@ -12,6 +12,7 @@ Everything above `kernels` calls through an `Operations` and never asks which de
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ try:
     from millrace.kernels import (
         activation_triton,
         attention_triton,
+        fused_model,
         kv_append_triton,
         logprobs_triton,
         norm_triton,
@@ -58,9 +60,15 @@ class Operations:
     prepare_attention: Callable[..., Any]  # (batch, block_size, window) -> what the next one takes
     paged_attention: Callable[..., Tensor]  # (q, k_cache, v_cache, prepared, *, scale, ...)
     pack_linear: Callable[..., matmul.PackedLinear]  # matmul.pack_linear
+    fuse: Callable[..., Any] | None  # fused_model.fuse, where there are fused products
     sample: Callable[..., SampledTokens]  # sampling.sample_reference
     raw_logprobs: Callable[..., RawLogprobs]  # logprobs.raw_logprobs_reference
     processed_logprobs: Callable[..., RawLogprobs]  # processed_logprobs_reference
+
+    @property
+    def interleaved(self) -> bool:
+        """Whether rows of gate and up alternate in one weight, as fused products need them."""
+        return self.fuse is not None
 
 
 REFERENCE = Operations(
@@ -73,6 +81,7 @@ REFERENCE = Operations(
     prepare_attention=attention.prepare_attention,
     paged_attention=attention.paged_attention_reference,
     pack_linear=matmul.pack_linear_reference,
+    fuse=None,
     sample=sample_reference,
     raw_logprobs=raw_logprobs_reference,
     processed_logprobs=processed_logprobs_reference,
@@ -99,8 +108,13 @@ TORCH_ON_CPU = replace(
 )
 
 
-def operations(device: torch.device, attention_backend: str = "auto") -> Operations:
-    """The table for `device`; ValueError where the backend is unknown or cannot run there."""
+def operations(
+    device: torch.device, attention_backend: str = "auto", deterministic: bool = False
+) -> Operations:
+    """The table for `device`; ValueError where the backend is unknown or cannot run there.
+
+    Deterministic: a row's bits depend on nothing but the row; ValueError where that cannot be had.
+    """
     if attention_backend not in BACKENDS:
         raise ValueError(
             f"attention_backend: expected one of {', '.join(BACKENDS)}, got {attention_backend!r}"
@@ -114,10 +128,10 @@ def operations(device: torch.device, attention_backend: str = "auto") -> Operati
         return TORCH_ON_GPU if on_gpu else TORCH_ON_CPU
     if attention_backend == "xformers":
         return _xformers_operations(on_gpu)
-    return _triton_operations(on_gpu)
+    return _triton_operations(on_gpu, deterministic)
 
 
-def _triton_operations(on_gpu: bool) -> Operations:
+def _triton_operations(on_gpu: bool, deterministic: bool = False) -> Operations:
     if not HAS_TRITON:
         raise ValueError("attention_backend: triton is not installed; expected torch or reference")
     if not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
@@ -135,6 +149,8 @@ def _triton_operations(on_gpu: bool) -> Operations:
         kv_append=kv_append_triton.kv_append,
         prepare_attention=attention.prepare_attention,
         paged_attention=attention_triton.paged_attention,
+        pack_linear=matmul.pack_linear_reference,
+        fuse=partial(fused_model.fuse, deterministic=deterministic),
         sample=sampling_triton.sample_triton,
         raw_logprobs=logprobs_triton.raw_logprobs_triton,
         processed_logprobs=logprobs_triton.processed_logprobs_triton,

@@ -368,7 +368,11 @@ class Scheduler:
         self._free_followers(request)
 
     def _admit(self, plan: StepPlan, budget: int, now_s: float) -> None:
-        """Give slots and blocks to waiting requests, in the policy's order and never past it."""
+        """Give slots and blocks to waiting requests, in the policy's order and never past it.
+
+        A prompt that has begun takes the budget until it ends. So whoever is admitted finds all
+        that the prompts before it had in common with it: they are computed, or in this very step.
+        """
         while budget > 0 and self._slots.free and (request := self.policy.head()) is not None:
             if not self._place(plan, request):
                 return

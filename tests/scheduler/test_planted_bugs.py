@@ -78,6 +78,9 @@ BUGS = {
     "prefixes match whatever comes before them": Bug(
         PrefixCache, "match", {"node = blocks[-1]": "pass"}
     ),
+    "a prompt is computed by two requests at once": Bug(
+        Scheduler, "_plan_chunk", {"self._remember(request)": "pass"}
+    ),
     "KV of lost steps is trusted": Bug(Scheduler, "abandon", {"self.pool.flush()": "pass"}),
     "tokens computed again count as hits": Bug(
         Scheduler, "_place", {"if request.num_preemptions == 0:": "if True:"}

@@ -320,6 +320,20 @@ def test_a_request_may_decline_the_cache_and_so_may_the_whole_scheduler(caching)
     assert plan_of(scheduler).prefill[0].start == 0
 
 
+def test_a_prompt_that_comes_twice_at_once_is_computed_once():
+    scheduler = make_scheduler(max_step_tokens=6)
+    prompt = list(range(15))
+    submit(scheduler, make_request(0, prompt), make_request(1, [*prompt[:13], 99]))
+    chunks = []
+    while scheduler.num_waiting:
+        plan = plan_of(scheduler)
+        chunks += [(c.slot, c.start, c.length) for c in plan.prefill]
+        apply(scheduler, plan, *[(c.slot, 50) for c in plan.prefill if c.samples])
+    first, second = chunks[0][0], chunks[-1][0]
+    # The second waits while the first computes, and starts behind the 12 tokens that they share.
+    assert chunks == [(first, 0, 6), (first, 6, 6), (first, 12, 3), (second, 12, 2)]
+
+
 def test_followers_wait_for_their_leader_and_then_share_its_prompt():
     scheduler = make_scheduler(max_step_tokens=8)
     leader = make_request(0, prompt=list(range(12)))
