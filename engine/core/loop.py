@@ -53,6 +53,7 @@ class EngineCore:
         self._num_scored: dict[int, int] = {}  # request -> prompt positions reported
         self._stats = StepStats()
         self._counted = replace(scheduler.counters)  # as of the last StepStats
+        self._num_evicted = 0  # likewise
         self._was_idle = True
 
     @property
@@ -148,6 +149,9 @@ class EngineCore:
             arrived_s=message.arrival_s,
             deadline_s=message.deadline_s,
             leader=message.leader,
+            priority=message.priority,
+            tenant=message.tenant,
+            weight=message.weight,
             read_cache=message.params.prompt_logprobs is None,
         )
         decision = self.scheduler.submit(request)
@@ -206,5 +210,8 @@ class EngineCore:
             preemptions=totals.preemptions - before.preemptions,
             prefix_hit_tokens=totals.prefix_hit_tokens - before.prefix_hit_tokens,
             prefix_query_tokens=totals.prefix_query_tokens - before.prefix_query_tokens,
+            evicted_blocks=scheduler.pool.num_evicted - self._num_evicted,
+            shed=totals.shed - before.shed,
             step_s=step_s if plan is not None else 0.0,
         )
+        self._num_evicted = scheduler.pool.num_evicted

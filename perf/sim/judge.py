@@ -54,6 +54,7 @@ def judge(scheduler: Scheduler, runner: FakeRunner, before: Before, plan: StepPl
         assert 0 < plan.num_tokens <= scheduler.limits.max_step_tokens, f"{plan.num_tokens} tokens"
         assert not (yielded and plan.admitted), "admitted where memory had just run out"
         _judge_order(scheduler, before, plan)
+        _judge_sharing(scheduler, plan)
         num_tokens = plan.num_tokens
     if num_tokens < scheduler.limits.max_step_tokens:
         _judge_leftover(scheduler, runner, before, may_admit=not yielded)
@@ -109,6 +110,30 @@ def _judge_order(scheduler: Scheduler, before: Before, plan: StepPlan) -> None:
         overtaken = [r.id for r in waited if rank(scheduler, r) < ours]
         is_late = request.id not in before.queued  # its leader's prompt ended in this step
         assert is_late or not overtaken, f"request {request.id} overtook requests {overtaken}"
+
+
+def _judge_sharing(scheduler: Scheduler, plan: StepPlan) -> None:
+    """No prompt is computed while another computes its beginning, or just after: it is shared.
+
+    A chain that is closed can't be shared: another's block came between.
+    """
+    limits, slots = scheduler.limits, scheduler._slots
+    starts = {chunk.slot: chunk.start for chunk in plan.prefill}
+    planned = [r for r in slots.requests if r is not None and r.slot in starts]
+    for request in plan.admitted:
+        tokens = request.known_tokens()[:-1]
+        before = [r for r in planned if r not in plan.admitted[plan.admitted.index(request) :]]
+        for other in before if request.read_cache and limits.prefix_caching else ():
+            if other.tenant == request.tenant and not slots.chains[other.slot].is_closed:
+                length = min(other.num_computed, len(tokens))
+                differs = other.known_tokens()[:length] != tokens[:length]
+                common = int(differs.argmax()) if differs.any() else length
+                shared = common // limits.block_size * limits.block_size
+                found = starts.get(request.slot, request.num_known)
+                assert found >= shared, (
+                    f"request {request.id} computes positions {found} to {shared}, which request"
+                    f" {other.id} has computed or is computing"
+                )
 
 
 def _judge_rest(scheduler: Scheduler, before: Before) -> None:

@@ -83,7 +83,7 @@ class World:
                 f"step {plan.step} launched: {plan.num_decodes} decodes,"
                 f" prefill {[(chunk.slot, chunk.start, chunk.length) for chunk in plan.prefill]},"
                 f" admitted {[request.id for request in plan.admitted]},"
-                f" released slots {plan.released}, blocks {plan.block_appends}"
+                f" released slots {plan.released}, blocks {plan.block_appends.tolist()}"
             )
         elif not self.in_flight:
             assert not self.scheduler.requests, "requests live, but nothing runs or is planned"

@@ -78,6 +78,9 @@ BUGS = {
     "prefixes match whatever comes before them": Bug(
         PrefixCache, "match", {"node = blocks[-1]": "pass"}
     ),
+    "a prompt is computed by two requests at once": Bug(
+        Scheduler, "_plan_chunk", {"self._remember(request)": "pass"}
+    ),
     "KV of lost steps is trusted": Bug(Scheduler, "abandon", {"self.pool.flush()": "pass"}),
     "tokens computed again count as hits": Bug(
         Scheduler, "_place", {"if request.num_preemptions == 0:": "if True:"}
@@ -105,7 +108,7 @@ BUGS = {
         Scheduler, "schedule", {"if self.counters.preemptions == preemptions:": "if True:"}
     ),
     "a preempted slot keeps the block it was to get": Bug(
-        Scheduler, "_grow", {"if decodes[row[0]]": ""}
+        Scheduler, "_grow", {"[decodes[plan.block_appends[:, 0]] != 0]": ""}
     ),
     # Ends
     "a request that has ended goes on drawing": Bug(
@@ -115,7 +118,7 @@ BUGS = {
         SlotTable, "occupy", {"= request.max_length - 1": "= request.max_length"}
     ),
     "an ended request stays in the decoding set": Bug(
-        Scheduler, "schedule", {"self._planned_decodes[plan.decode_leaves] = False": "pass"}
+        Scheduler, "schedule", {"self._planned_decodes[plan.decode_leaves] = 0": "pass"}
     ),
     "a cancelled leader leaves its followers behind": Bug(
         Scheduler, "finish", {"self._free_followers(request)": "pass"}
