@@ -152,7 +152,6 @@ def exhaust_kernel(
     p_token_ids,
     p_kept,
     stride_logits,
-    tiles,
     vocab,
 ):
     i_row, count = tl.full((), 0, tl.int64), tl.full((), 0, tl.int32)

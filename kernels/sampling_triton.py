@@ -365,7 +365,8 @@ class _Launch:
             enable_fp_fusion=False,
         )
         exhaust_kernel[(self.rows,)](
-            *(*self.row, s.bound, s.total, s.count, s.flat, s.span, *self.answer, *self.sizes),
+            *(*self.row, s.bound, s.total, s.count, s.flat, s.span, *self.answer),
+            *(self.sizes[0], self.sizes[2]),
             num_warps=EXHAUST_WARPS,
             enable_fp_fusion=False,
         )
