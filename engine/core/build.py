@@ -51,7 +51,7 @@ def core_of(
         progress,
     )
     run_ahead = steps_ahead(config, placement.device)
-    calls = decode_calls(placement.device, config.max_running, max_context, progress)
+    calls = decode_calls(placement, config.max_running, max_context, progress)
     assembly = Assembly(config, placement, decoder, max_context, run_ahead, calls)
     runner, num_blocks = assembly.build()
     core = EngineCore(_build_scheduler(config, num_blocks, max_context), runner, run_ahead)

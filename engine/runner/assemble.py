@@ -51,6 +51,7 @@ class Placement:
 log = logging.getLogger(__name__)
 
 MIB = 2**20
+CAPTURED = ("triton",)  # backends whose steps never wait for the device, as a capture demands
 MakeCalls = Callable[[DeviceStep], DecodeCalls]
 
 
@@ -99,15 +100,13 @@ class Assembly:
     def step(self, num_blocks: int) -> DeviceStep:
         """The step over a new table and a new cache."""
         config, model, placement = self.config, self.decoder.config, self.placement
-        # One block more than the scheduler knows of: the scratch slot's.
-        shape = (num_blocks + 1, config.block_size, model.num_kv_heads, model.head_dim)
+        shape = (num_blocks, config.block_size, model.num_kv_heads, model.head_dim)
         kv = KVCache.allocate(model.num_layers, shape, placement.dtype, placement.device)
         table = RequestTable(
             config.max_running,
             self.max_context,
             config.block_size,
             model.vocab_size,
-            scratch_block=num_blocks,
             device=placement.device,
         )
         return DeviceStep(self.decoder, placement.operations, kv, table)
@@ -118,15 +117,16 @@ class Assembly:
 
 
 def decode_calls(
-    device: torch.device, max_running: int, max_context: int, progress: Progress | None = None
+    placement: Placement, max_running: int, max_context: int, progress: Progress | None = None
 ) -> MakeCalls:
-    """How decode steps are called on a device: graphs on CUDA, directly elsewhere."""
+    """How decode steps are called: as graphs of our kernels on CUDA, directly elsewhere."""
+    is_captured = placement.device.type == "cuda" and placement.operations.name in CAPTURED
 
     def make(step: DeviceStep) -> DecodeCalls:
-        if device.type != "cuda":
+        if not is_captured:
             return DirectCalls(step.decode)
         sizes, lengths = ladder(max_running), contexts(max_context)
-        recorder = CudaRecorder(device)
+        recorder = CudaRecorder(placement.device)
         graphs = Graphs(step.decode, sizes, lengths, recorder, step.addresses, progress)
         log.info("decode graphs take %.0f MiB", graphs.num_bytes / MIB)
         return graphs
