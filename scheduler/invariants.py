@@ -13,6 +13,7 @@ import numpy as np
 from millrace.scheduler.prefix_cache import Node, PrefixCache
 from millrace.scheduler.request import NO_SLOT, Request
 from millrace.scheduler.scheduler import Scheduler
+from millrace.scheduler.window import blocks_for
 
 
 class InvariantViolated(AssertionError):
@@ -160,7 +161,10 @@ def _check_table(scheduler: Scheduler, request: Request) -> None:
     table, chain = scheduler.blocks_of(request).tolist(), slots.chains[request.slot]
     _require(len(set(table)) == len(table), f"request {request.id}: block twice")
     length = int(slots.computed[request.slot])
-    _require(length <= len(table) * size, f"request {request.id}: past its last block")
+    first, end = int(slots.first_block[request.slot]), slots.end_block(request.slot)
+    _require(length <= end * size, f"request {request.id}: past its last block")
+    has_none = chain.num_blocks == 0 and chain.is_closed
+    _require(first == 0 or has_none, f"request {request.id}: its chain is broken off")
     tokens = slots.tokens(request.slot)
     parent: Node = request.tenant
     first_private = min(length, len(tokens)) // size
@@ -185,7 +189,7 @@ def _check_progress(scheduler: Scheduler, request: Request) -> None:
     if slot in scheduler._prefilling:
         _require(request.num_computed == length, f"{where}: computed {length} tokens")
         _require(length < request.num_known, f"{where}: prefills all of its tokens again")
-        held = scheduler._blocks_for(request.num_known)
+        most = scheduler._tables.to_begin(request.num_known)
     else:
         end = request.max_length - 1  # the last token's KV is never computed
         is_right = (length < end) if scheduler._slots.decodes[slot] else (length == end)
@@ -193,6 +197,17 @@ def _check_progress(scheduler: Scheduler, request: Request) -> None:
         in_flight = length + 1 - len(scheduler._slots.tokens(slot))
         launched = scheduler._step - scheduler._applied
         _require(0 <= in_flight <= launched, f"{where}: {in_flight} tokens in flight")
-        held = scheduler._blocks_for(length)
-    table = scheduler.blocks_of(request)
-    _require(len(table) == held, f"{where}: {len(table)} blocks, not {held}")
+        most = blocks_for(length, scheduler.limits.block_size)
+    _check_held(scheduler, request, length, most)
+
+
+def _check_held(scheduler: Scheduler, request: Request, length: int, most: int) -> None:
+    """It holds all that is read from here on, and nothing ahead."""
+    window = scheduler._tables.window
+    where, held = f"request {request.id}", len(scheduler.blocks_of(request))
+    if window is None:
+        _require(held == most, f"{where}: {held} blocks, not {most}")
+        return
+    _require(held <= most, f"{where}: {held} blocks, more than {most}")
+    first = int(scheduler._slots.first_block[request.slot])
+    _require(first <= window.first_needed(length), f"{where}: block {first} is needed, and gone")

@@ -19,52 +19,23 @@ Before it: engine/core/loop.py. After it: engine/runner/runner.py, which execute
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
-from itertools import count, repeat
 
 import numpy as np
 
 from millrace.scheduler.admission import Accepted, Admission, Decision
 from millrace.scheduler.block_pool import BlockPool
+from millrace.scheduler.block_tables import BlockTables
 from millrace.scheduler.cost_model import CostModel
+from millrace.scheduler.limits import Counters, Limits
 from millrace.scheduler.plan import Drawn, PrefillChunk, StepPlan, StepResult
 from millrace.scheduler.policy import FirstComeFirstServed, Policy
-from millrace.scheduler.prefix_cache import BlockIds, Chain, PrefixCache
+from millrace.scheduler.prefix_cache import BlockIds, PrefixCache
 from millrace.scheduler.request import NO_SLOT, Finish, Request
 from millrace.scheduler.request_heap import RequestHeap
 from millrace.scheduler.slots import Slots, SlotTable
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What the scheduler may hand out."""
-
-    num_blocks: int
-    block_size: int  # tokens
-    max_running: int  # slots
-    max_step_tokens: int  # >= max_running, so that every decode always fits
-    max_waiting: int
-    max_waiting_tokens: int
-    max_context: int | None = None  # tokens of prompt and output; None: what the blocks can hold
-    max_wait_s: float | None = None  # expected, of a new request
-    itl_target_s: float | None = None  # how long a step may keep streams waiting
-    prefix_caching: bool = True
-
-    @property
-    def longest(self) -> int:
-        """Tokens of prompt and output at most. The last one's KV is never computed."""
-        held = self.num_blocks * self.block_size + 1
-        return held if self.max_context is None else min(held, self.max_context)
-
-
-@dataclass(slots=True)
-class Counters:
-    """Running totals since the start."""
-
-    preemptions: int = 0
-    shed: int = 0  # ended while waiting, since their deadline could no longer be met
-    prefix_query_tokens: int = 0
-    prefix_hit_tokens: int = 0
+__all__ = ["Counters", "Limits", "Scheduler"]
 
 
 class Scheduler:
@@ -89,6 +60,7 @@ class Scheduler:
         self._deadlines = RequestHeap()
         self._num_arrived = 0
         self._slots = SlotTable(limits.max_running, limits.longest, limits.block_size)
+        self._tables = BlockTables(limits, self._slots, self.pool, self.cache)
         self._planned_decodes = np.zeros(limits.max_running, np.bool_)  # as the runner knows them
         self._step = 0  # newest planned step
         self._applied = 0  # newest step whose result has been taken in
@@ -167,7 +139,7 @@ class Scheduler:
         return request
 
     def blocks_of(self, request: Request) -> BlockIds:
-        """The block table of a request that owns a slot, as a view."""
+        """The blocks that a request in a slot holds, in order, as a view."""
         return self._slots.blocks(request.slot)
 
     def take_ended(self) -> list[Request]:
@@ -274,6 +246,10 @@ class Scheduler:
 
     def _grow(self, plan: StepPlan, crossing: Slots) -> list[int]:
         """A new block for each of these decoding slots; returns those that get none for now."""
+        if self._tables.window is not None:
+            for slot in crossing.tolist():
+                position = int(self._slots.computed[slot]) - self._in_flight(slot)
+                self._tables.slide(self.request_at(slot), position, self._applied)
         blocks = self.pool.take(len(crossing))
         if blocks is not None:
             plan.block_appends = self._slots.add_blocks(crossing, blocks)
@@ -292,6 +268,8 @@ class Scheduler:
         while not self._extend(plan, slot):
             if self._coming_blocks > num_stalled:
                 return False  # enough is on its way back; preempting more would be in vain
+            if self._tables.window is not None and self._in_flight(slot):
+                return False  # so may be the end of what still reads a block of its own
             self._preempt(self.policy.victim(self._running()))
             if not self._slots.decodes[slot]:
                 return False  # it was the victim itself
@@ -302,6 +280,10 @@ class Scheduler:
         if block is not None:
             plan.block_appends += self._slots.add_blocks(np.array([slot]), block)
         return block is not None
+
+    def _in_flight(self, slot: int) -> int:
+        """Launched steps with a decoding slot, at most, whose results are not applied yet."""
+        return max(0, int(self._slots.last_step[slot]) - self._applied)
 
     def _prefill_budget(self, plan: StepPlan) -> int:
         """Tokens left for prompts: within the step's limit, and the time that streams may wait."""
@@ -318,15 +300,18 @@ class Scheduler:
     def _plan_chunk(self, plan: StepPlan, request: Request, budget: int) -> int:
         """The next part of a prompt, as far as the budget goes; returns its length."""
         missing = request.num_known - request.num_computed
-        length = min(budget, missing)
+        room = self._tables.room_ahead(plan, request, self._applied)
+        length = min(budget, missing, room)
         if length <= 0:
             return 0
+        if self._tables.window is not None:
+            request.launched.append((plan.step, request.num_computed))
         chunk = PrefillChunk(request.slot, request.num_computed, length, length == missing)
         plan.prefill.append(chunk)
         request.num_computed += length
         self._slots.computed[request.slot] = request.num_computed
         self._slots.last_step[request.slot] = plan.step
-        self._remember(request)
+        self._tables.index(request)
         if chunk.samples:
             self._prefilled(request)
         return length
@@ -355,31 +340,15 @@ class Scheduler:
 
     def _place(self, plan: StepPlan, request: Request) -> bool:
         """Reserve a slot, and blocks for all known tokens; False: there aren't enough blocks."""
-        hits = self._cached_prefix(request)
-        need = self._blocks_for(request.num_known) - len(hits)
-        if self.pool.num_available - self.pool.num_idle(hits) < need:
+        if not self._tables.place(plan, request):
             return False
-        self.pool.share(hits)  # before taking others, which may evict
-        fresh = self.pool.take(need)
-        assert fresh is not None, "blocks were counted before they were taken"
-        blocks = np.concatenate([hits, fresh])
-        request.num_computed = len(hits) * self.limits.block_size
-        chain = Chain(request.tenant, len(hits), is_closed=not self.limits.prefix_caching)
-        slot = self._slots.occupy(request, blocks, request.num_computed, chain)
         if request.num_preemptions == 0:
             request.cached_tokens = request.num_computed
             self.counters.prefix_query_tokens += len(request.prompt) if request.read_cache else 0
             self.counters.prefix_hit_tokens += request.cached_tokens
-        self._prefilling[slot] = request
+        self._prefilling[request.slot] = request
         plan.admitted.append(request)
-        plan.block_appends += zip(repeat(slot), count(), blocks.tolist())
         return True
-
-    def _cached_prefix(self, request: Request) -> BlockIds:
-        """Cached blocks to begin with; at least one token is left to compute."""
-        if not (self.limits.prefix_caching and request.read_cache):
-            return np.empty(0, np.int32)
-        return self.cache.match(request.known_tokens()[:-1], request.tenant)
 
     # ------------------------------------------------------------ leaving a slot
 
@@ -408,24 +377,19 @@ class Scheduler:
     def _release(self, request: Request) -> None:
         """Slot and blocks go back; full blocks stay cached. A preempted request waits again."""
         if request.finish is not Finish.ERROR:
-            self._remember(request)
+            self._tables.index(request)
         if request.finish is None:
             self._keep_outputs(request)
-        self.pool.give_back(self.blocks_of(request))
+        self._tables.give_back(request)
         self.policy.left(request)
         self._released.append(request.slot)
         self._slots.vacate(request.slot)
         request.is_closing = False
         if request.finish is None:
             request.num_computed = 0
+            request.launched.clear()
             self._count_waiting(request, +1)
             self._enqueue(request)
-
-    def _remember(self, request: Request) -> None:
-        """Index its full blocks whose tokens are both known and computed."""
-        slot, table = request.slot, self._slots
-        valid = table.tokens(slot)[: request.num_computed]
-        self.cache.insert(valid, table.blocks(slot), table.chains[slot])
 
     def _keep_outputs(self, request: Request) -> None:
         request.outputs = self._slots.tokens(request.slot)[len(request.prompt) :].tolist()
@@ -448,6 +412,3 @@ class Scheduler:
 
     def _running(self) -> list[Request]:
         return [r for r in self._slots.requests if r is not None and not r.is_closing]
-
-    def _blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.limits.block_size)

@@ -35,6 +35,7 @@ class SlotTable:
         self.computed = np.zeros(num_slots, np.int32)  # tokens whose KV is, or is being computed
         self.end = np.zeros(num_slots, np.int32)  # `computed` once the last token is drawn
         self.capacity = np.zeros(num_slots, np.int32)  # tokens that its blocks have room for
+        self.first_block = np.zeros(num_slots, np.int32)  # of its table; those before are gone
         self.last_step = np.full(num_slots, NEVER, np.int64)  # newest launched step
         self.block_table = np.zeros((num_slots, max_blocks), np.int32)  # [S, M]
         self._tokens = np.zeros(num_slots * max_context, np.int32)  # [S * C]
@@ -54,6 +55,7 @@ class SlotTable:
         self.computed[slot] = num_computed
         self.end[slot] = request.max_length - 1  # the last token's KV is never computed
         self.capacity[slot] = len(blocks) * self.block_size
+        self.first_block[slot] = 0
         self.block_table[slot, : len(blocks)] = blocks
         first = self._first_token[slot]
         self._next_token[slot] = first + len(known)
@@ -89,9 +91,26 @@ class SlotTable:
         self.capacity[slots] += self.block_size
         return list(zip(slots.tolist(), index.tolist(), blocks.tolist(), strict=True))
 
+    def extend(self, slot: int, blocks: BlockIds) -> list[tuple[int, int, int]]:
+        """More blocks for one slot; returns what `add_blocks` does."""
+        first = self.end_block(slot)
+        self.block_table[slot, first : first + len(blocks)] = blocks
+        self.capacity[slot] += len(blocks) * self.block_size
+        return [(slot, first + i, block) for i, block in enumerate(blocks.tolist())]
+
+    def drop_blocks(self, slot: int, end: int) -> BlockIds:
+        """Take the blocks before index `end` out of a slot's table; returns them."""
+        dropped = self.block_table[slot, self.first_block[slot] : end].copy()
+        self.first_block[slot] = end
+        return dropped
+
     def blocks(self, slot: int) -> BlockIds:
-        """The block table of a slot, as a view."""
-        return self.block_table[slot, : self.capacity[slot] // self.block_size]
+        """The blocks that a slot holds, as a view: its table from `first_block` on."""
+        return self.block_table[slot, self.first_block[slot] : self.end_block(slot)]
+
+    def end_block(self, slot: int) -> int:
+        """The index in its table at which a slot's next block goes."""
+        return int(self.capacity[slot]) // self.block_size
 
     def tokens(self, slot: int) -> npt.NDArray[np.int32]:
         """Prompt and output so far of a slot's request, as a view."""

@@ -115,13 +115,15 @@ def _judge_order(scheduler: Scheduler, before: Before, plan: StepPlan) -> None:
 def _judge_sharing(scheduler: Scheduler, plan: StepPlan) -> None:
     """No prompt is computed while another computes its beginning, or just after: it is shared.
 
-    A chain that is closed can't be shared: another's block came between.
+    A chain that is closed can't be shared: another's block came between, or its window passed it.
     """
     limits, slots = scheduler.limits, scheduler._slots
     starts = {chunk.slot: chunk.start for chunk in plan.prefill}
     planned = [r for r in slots.requests if r is not None and r.slot in starts]
+    sliding = limits.sliding
+    longest = limits.longest if sliding is None else sliding.indexed * limits.block_size
     for request in plan.admitted:
-        tokens = request.known_tokens()[:-1]
+        tokens = request.known_tokens()[:-1][:longest]
         before = [r for r in planned if r not in plan.admitted[plan.admitted.index(request) :]]
         for other in before if request.read_cache and limits.prefix_caching else ():
             if other.tenant == request.tenant and not slots.chains[other.slot].is_closed:
@@ -149,6 +151,8 @@ def _judge_leftover(
     """Budget is left over only if no prompt and no waiting request could have used it."""
     for sequence in before.prefilling:
         is_done = sequence.is_prefilled or not _is_planned_on(sequence.request)
+        # Behind a window a prompt may await the blocks that its own chunks in flight still read.
+        is_done |= runner.window is not None and runner.is_busy
         assert is_done, f"the prompt of request {sequence.request.id} is kept waiting"
     head = scheduler.policy.head()
     if may_admit and head is not None and scheduler.num_running < scheduler.limits.max_running:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from millrace.perf.sim.script import NO_PREFIX, Script, draw, extend
+from millrace.scheduler.limits import Limits
 from millrace.scheduler.plan import StepPlan, StepResult
 from millrace.scheduler.request import Request
 
@@ -51,9 +52,9 @@ class Work:
 class FakeRunner:
     """Executes steps at once, in order; the world decides when the host hears of the results."""
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
-        self.block_size = block_size
-        self.kv = np.full(num_blocks * block_size, POISON, np.int64)
+    def __init__(self, limits: Limits) -> None:
+        self.block_size, self.window = limits.block_size, limits.window
+        self.kv = np.full(limits.num_blocks * limits.block_size, POISON, np.int64)
         self.slots: dict[int, Sequence] = {}
         self.decoding: set[int] = set()
         self._readers: dict[int, dict[int, set[int]]] = {}  # step not landed -> block -> requests
@@ -77,7 +78,7 @@ class FakeRunner:
         for item in work:
             self._read(item)
             sequence = self.slots[item.slot]
-            for block in sequence.table:
+            for block in sequence.table[self._first_read(item) // self.block_size :]:
                 readers.setdefault(block, set()).add(sequence.request.id)
         self._readers[plan.step] = readers
         return self._sample(plan.step, [item.slot for item in work if item.samples])
@@ -150,10 +151,20 @@ class FakeRunner:
 
     def _read(self, work: Work) -> None:
         sequence, end = self.slots[work.slot], work.start + work.length
-        found, wanted = self._at(sequence.table, end), sequence.prefix[:end]
+        first = self._first_read(work)
+        found, wanted = self._at(sequence.table, end)[first:], sequence.prefix[first:end]
         if found.tolist() != wanted:
-            wrong = np.flatnonzero(found != np.asarray(wanted)).tolist()
+            wrong = (np.flatnonzero(found != np.asarray(wanted)) + first).tolist()
             raise AssertionError(f"slot {work.slot} reads wrong KV at positions {wrong}")
+
+    def _first_read(self, work: Work) -> int:
+        """The first position that the first of these reads."""
+        return 0 if self.window is None else max(0, work.start - self.window + 1)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether steps are in flight."""
+        return bool(self._readers)
 
     def _at(self, table: list[int], end: int) -> np.ndarray:
         rows = self.kv.reshape(-1, self.block_size)[table]

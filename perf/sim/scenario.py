@@ -53,14 +53,18 @@ def draw_scenario(rng: Random, max_requests: int) -> Scenario:
     max_running = rng.randint(1, 6)
     max_prompt, max_tokens = rng.randint(1, 20), rng.randint(1, 16)
     longest = -(-(max_prompt + max_tokens) // block_size)
+    window = rng.choice([None, None, None, 1, 3, 7])
+    fewest = longest * 3 // 4 if window is None else longest // 3
     limits = Limits(
-        num_blocks=rng.randint(max(1, longest * 3 // 4), 2 * longest),
+        num_blocks=rng.randint(max(1, fewest), 2 * longest),
         block_size=block_size,
         max_running=max_running,
         max_step_tokens=rng.randint(max_running, max_running + 20),
         max_waiting=rng.choice([3, 100, 100]),
         max_waiting_tokens=rng.choice([40, 10_000, 10_000]),
+        max_context=None if window is None else max_prompt + max_tokens,
         prefix_caching=rng.random() < 0.8,
+        window=window,
     )
     policy = rng.choice(POLICIES)
     return Scenario(

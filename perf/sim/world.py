@@ -43,7 +43,7 @@ class World:
         self.scheduler = Scheduler(
             self.scenario.limits, policy_of(self.scenario.policy, self.scenario.limits)
         )
-        self.runner = FakeRunner(self.scenario.limits.num_blocks, self.scenario.limits.block_size)
+        self.runner = FakeRunner(self.scenario.limits)
         sheds = self.scenario.policy == "deadline"
         self.ledger = Ledger(sheds_ahead_s=TURNS_TO_FIRST_TOKEN if sheds else 0.0)
         self.in_flight: deque[StepResult] = deque()

@@ -15,6 +15,7 @@ import pytest
 
 from millrace.perf.sim.world import simulate
 from millrace.scheduler.block_pool import BlockPool
+from millrace.scheduler.block_tables import BlockTables
 from millrace.scheduler.deadline_first import EarliestDeadlineFirst
 from millrace.scheduler.fair_share import FairShare
 from millrace.scheduler.policy import FirstComeFirstServed, Ordered
@@ -23,6 +24,7 @@ from millrace.scheduler.priority import PriorityWithAging
 from millrace.scheduler.request_heap import RequestHeap
 from millrace.scheduler.scheduler import Scheduler
 from millrace.scheduler.slots import SlotTable
+from millrace.scheduler.window import Window
 
 MAX_SEEDS = 300  # as many as an ordinary run of the simulation goes through
 
@@ -43,15 +45,15 @@ BUGS = {
         Scheduler, "_leave_slot", {"if last_step > self._applied:": "if False:"}
     ),
     "hits are shared after other blocks were taken, which evicts them": Bug(
-        Scheduler,
-        "_place",
+        BlockTables,
+        "place",
         {
-            "self.pool.share(hits)": "pass",
-            "assert fresh is": "self.pool.share(hits)\n    assert fresh is",
+            "self._pool.share(hits)": "pass",
+            "assert fresh is": "self._pool.share(hits)\n    assert fresh is",
         },
     ),
     "hits that are idle are counted as blocks to be had": Bug(
-        Scheduler, "_place", {" - self.pool.num_idle(hits)": ""}
+        BlockTables, "place", {" - self._pool.num_idle(hits)": ""}
     ),
     "blocks are given back head first": Bug(
         BlockPool,
@@ -65,10 +67,10 @@ BUGS = {
     ),
     # Prefix cache
     "a prompt that is cached whole leaves nothing to compute": Bug(
-        Scheduler, "_cached_prefix", {"known_tokens()[:-1]": "known_tokens()"}
+        BlockTables, "_cached_prefix", {"request.num_known - 1": "request.num_known"}
     ),
     "blocks not computed yet are cached": Bug(
-        Scheduler, "_remember", {"[: request.num_computed]": ""}
+        BlockTables, "index", {"request.num_computed, self": "9999, self"}
     ),
     "a chain goes on behind another's block": Bug(
         PrefixCache,
@@ -79,7 +81,7 @@ BUGS = {
         PrefixCache, "match", {"node = blocks[-1]": "pass"}
     ),
     "a prompt is computed by two requests at once": Bug(
-        Scheduler, "_plan_chunk", {"self._remember(request)": "pass"}
+        Scheduler, "_plan_chunk", {"self._tables.index(request)": "pass"}
     ),
     "KV of lost steps is trusted": Bug(Scheduler, "abandon", {"self.pool.flush()": "pass"}),
     "tokens computed again count as hits": Bug(
@@ -92,7 +94,20 @@ BUGS = {
         PrefixCache, "match", {"leap is not None and data.startswith(leap[0], start)": "leap"}
     ),
     "a tenant's prefixes are kept under another's name": Bug(
-        Scheduler, "_place", {"Chain(request.tenant,": 'Chain("a",'}
+        BlockTables, "place", {"Chain(request.tenant,": 'Chain("a",'}
+    ),
+    # Windows
+    "a block goes back while the window still holds its last position": Bug(
+        Window, "first_needed", {"- self.tokens + 1": "- self.tokens + 2"}
+    ),
+    "blocks go back that a chunk in flight reads": Bug(
+        BlockTables, "slide", {"launched[0][1] if launched else position": "position"}
+    ),
+    "the beginning of a chain goes back before its end": Bug(
+        BlockTables, "slide", {" and end >= chain.num_blocks": ""}
+    ),
+    "a window's blocks are indexed however far they are": Bug(
+        BlockTables, "index", {"min(request.num_computed, self._indexed_tokens)": "request.num_computed"}
     ),
     # Preemption
     "a preempted request forgets what it said": Bug(

@@ -1,0 +1,110 @@
+"""BlockTables: which blocks a running request holds, from its first to its last.
+
+    begins with      cached blocks of its prefix, then free ones for the rest of what it knows
+    grows by         a block whenever it decodes past the last one (scheduler.py asks the pool)
+    gives up         blocks behind the window, where the model has one (window.py)
+    leaves behind    what is computed and full, to the prefix cache; all its references, to the pool
+
+It plans nothing: scheduler.py asks, and says which steps have been applied.
+"""
+
+from __future__ import annotations
+
+from itertools import count, repeat
+
+import numpy as np
+
+from millrace.scheduler.block_pool import BlockPool
+from millrace.scheduler.limits import Limits
+from millrace.scheduler.plan import StepPlan
+from millrace.scheduler.prefix_cache import BlockIds, Chain, PrefixCache
+from millrace.scheduler.request import Request
+from millrace.scheduler.slots import SlotTable
+from millrace.scheduler.window import blocks_for
+
+NO_BLOCKS: BlockIds = np.empty(0, np.int32)
+
+
+class BlockTables:
+    """Fills and empties the rows of a SlotTable, from one pool and one prefix cache."""
+
+    def __init__(
+        self, limits: Limits, slots: SlotTable, pool: BlockPool, cache: PrefixCache
+    ) -> None:
+        self._slots, self._pool, self._cache = slots, pool, cache
+        self._caches = limits.prefix_caching
+        self._size = limits.block_size
+        self.window = limits.sliding
+        # Tokens from the first on that the prefix cache may know of one request.
+        held = limits.num_blocks if self.window is None else self.window.indexed
+        self._indexed_tokens = held * limits.block_size
+
+    def place(self, plan: StepPlan, request: Request) -> bool:
+        """A slot, and blocks to compute what it knows; False, and nothing is taken: too few."""
+        hits = self._cached_prefix(request)
+        need = self.to_begin(request.num_known) - len(hits)
+        if self._pool.num_available - self._pool.num_idle(hits) < need:
+            return False
+        self._pool.share(hits)  # before taking others, which may evict
+        fresh = self._pool.take(need)
+        assert fresh is not None, "blocks were counted before they were taken"
+        blocks = np.concatenate([hits, fresh])
+        request.num_computed = len(hits) * self._size
+        chain = Chain(request.tenant, len(hits), is_closed=not self._caches)
+        slot = self._slots.occupy(request, blocks, request.num_computed, chain)
+        plan.block_appends += zip(repeat(slot), count(), blocks.tolist())
+        return True
+
+    def to_begin(self, num_known: int) -> int:
+        """Blocks that a request needs to compute so many tokens."""
+        all_of_them = blocks_for(num_known, self._size)
+        return all_of_them if self.window is None else min(all_of_them, self.window.reserved)
+
+    def index(self, request: Request) -> None:
+        """Put its full blocks into the prefix cache whose tokens are both known and computed."""
+        slot, table = request.slot, self._slots
+        valid = table.tokens(slot)[: min(request.num_computed, self._indexed_tokens)]
+        self._cache.insert(valid, table.blocks(slot), table.chains[slot])
+
+    def give_back(self, request: Request) -> None:
+        """All that it holds; the slot is left to the scheduler."""
+        self._pool.give_back(self._slots.blocks(request.slot))
+
+    # ------------------------------------------------------------ windows
+
+    def room_ahead(self, plan: StepPlan, request: Request, applied: int) -> int:
+        """Positions of a prompt that there are blocks for, the next one first.
+
+        What is reserved at admission suffices to the end: what falls behind the window comes again.
+        """
+        slot, table = request.slot, self._slots
+        if self.window is not None:
+            self.slide(request, request.num_computed, applied)
+            missing = blocks_for(request.num_known, self._size) - table.end_block(slot)
+            unused = self.window.reserved - len(table.blocks(slot))
+            fresh = self._pool.take(max(0, min(missing, unused, self._pool.num_available)))
+            assert fresh is not None, "no more than there are"
+            plan.block_appends += table.extend(slot, fresh)
+        return int(table.capacity[slot]) - request.num_computed
+
+    def slide(self, request: Request, position: int, applied: int) -> None:
+        """Give back what nothing reads that computes from `position` on, nor its chunks in flight.
+
+        Only a whole chain leaves the prefix cache's care: see window.py.
+        """
+        assert self.window is not None, "only a window slides"
+        launched, slot = request.launched, request.slot
+        while launched and launched[0][0] <= applied:
+            launched.popleft()
+        end = self.window.first_needed(launched[0][1] if launched else position)
+        chain = self._slots.chains[slot]
+        if end > self._slots.first_block[slot] and end >= chain.num_blocks:
+            self._pool.give_back(self._slots.drop_blocks(slot, end))
+            self._slots.chains[slot] = Chain(chain.salt, is_closed=True)
+
+    def _cached_prefix(self, request: Request) -> BlockIds:
+        """Cached blocks to begin with; at least one token is left to compute."""
+        if not (self._caches and request.read_cache):
+            return NO_BLOCKS
+        tokens = request.known_tokens()[: min(request.num_known - 1, self._indexed_tokens)]
+        return self._cache.match(tokens, request.tenant)
