@@ -1,6 +1,7 @@
 """BlockTables: which blocks a running request holds, from its first to its last.
 
-    begins with      cached blocks of its prefix, then free ones for the rest of what it knows
+    begins with      cached blocks of its prefix, then free ones for the rest of what it knows;
+                     into the first of these a partly filled block is copied, if there is one
     grows by         a block whenever it decodes past the last one (scheduler.py asks the pool)
     gives up         blocks behind the window, where the model has one (window.py)
     leaves behind    what is computed and full, to the prefix cache; all its references, to the pool
@@ -13,11 +14,12 @@ from __future__ import annotations
 from itertools import count, repeat
 
 import numpy as np
+import numpy.typing as npt
 
 from millrace.scheduler.block_pool import BlockPool
 from millrace.scheduler.limits import Limits
 from millrace.scheduler.plan import StepPlan
-from millrace.scheduler.prefix_cache import BlockIds, Chain, PrefixCache
+from millrace.scheduler.prefix_cache import BlockIds, Chain, Node, PrefixCache
 from millrace.scheduler.request import Request
 from millrace.scheduler.slots import SlotTable
 from millrace.scheduler.window import blocks_for
@@ -38,18 +40,27 @@ class BlockTables:
         # Tokens from the first on that the prefix cache may know of one request.
         held = limits.num_blocks if self.window is None else self.window.indexed
         self._indexed_tokens = held * limits.block_size
+        # A copy is a launch more; computing a few tokens more beside others is next to nothing.
+        self._least_copied = max(1, limits.block_size // 4)
+        self._written = np.zeros(limits.num_blocks, np.int64)  # newest step of a chunk in it
 
-    def place(self, plan: StepPlan, request: Request) -> bool:
-        """A slot, and blocks to compute what it knows; False, and nothing is taken: too few."""
+    def place(self, plan: StepPlan, request: Request, leader: Request | None) -> bool:
+        """A slot, and blocks to compute what it knows; False, and nothing is taken: too few.
+
+        `leader` runs, and may have computed the same beginning in a block of its own.
+        """
         hits = self._cached_prefix(request)
         need = self.to_begin(request.num_known) - len(hits)
         if self._pool.num_available - self._pool.num_idle(hits) < need:
             return False
+        source, num_copied = self._to_copy(plan.step, request, hits, leader)
         self._pool.share(hits)  # before taking others, which may evict
         fresh = self._pool.take(need)
         assert fresh is not None, "blocks were counted before they were taken"
         blocks = np.concatenate([hits, fresh])
-        request.num_computed = len(hits) * self._size
+        request.num_computed = len(hits) * self._size + num_copied
+        if num_copied:  # though `source` may have been evicted: it is copied before it is written
+            plan.block_copies.append((source, int(fresh[0])))
         chain = Chain(request.tenant, len(hits), is_closed=not self._caches)
         slot = self._slots.occupy(request, blocks, request.num_computed, chain)
         plan.block_appends += zip(repeat(slot), count(), blocks.tolist())
@@ -60,11 +71,29 @@ class BlockTables:
         all_of_them = blocks_for(num_known, self._size)
         return all_of_them if self.window is None else min(all_of_them, self.window.reserved)
 
+    def wrote(self, step: int, request: Request, start: int) -> None:
+        """A step computes a request's positions from `start` to `num_computed`: index them."""
+        end = blocks_for(request.num_computed, self._size)
+        self._written[self._slots.block_table[request.slot, start // self._size : end]] = step
+        self.index(request)
+
     def index(self, request: Request) -> None:
         """Put its full blocks into the prefix cache whose tokens are both known and computed."""
         slot, table = request.slot, self._slots
         valid = table.tokens(slot)[: min(request.num_computed, self._indexed_tokens)]
         self._cache.insert(valid, table.blocks(slot), table.chains[slot])
+
+    def leave(self, request: Request) -> None:
+        """Its last step is applied: what it has computed stays in the prefix cache."""
+        self.index(request)
+        slot, table = request.slot, self._slots
+        valid, chain = table.tokens(slot)[: request.num_computed], table.chains[slot]
+        num_full, num_left = divmod(len(valid), self._size)
+        is_whole = chain.num_blocks == num_full and not chain.is_closed
+        if is_whole and num_left >= self._least_copied:
+            blocks, tokens = table.blocks(slot), valid[num_full * self._size :].tobytes()
+            parent: Node = int(blocks[num_full - 1]) if num_full else request.tenant
+            self._pool.keep_tail(tokens, int(blocks[num_full]), parent)
 
     def give_back(self, request: Request) -> None:
         """All that it holds; the slot is left to the scheduler."""
@@ -101,6 +130,35 @@ class BlockTables:
         if end > self._slots.first_block[slot] and end >= chain.num_blocks:
             self._pool.give_back(self._slots.drop_blocks(slot, end))
             self._slots.chains[slot] = Chain(chain.salt, is_closed=True)
+
+    def _to_copy(
+        self, step: int, request: Request, hits: BlockIds, leader: Request | None
+    ) -> tuple[int, int]:
+        """The block to copy behind `hits`, and how many tokens that saves; (0, 0): none, or too few.
+
+        Its tokens must have been computed in an earlier step: copies come first in a step.
+        """
+        if not (self._caches and request.read_cache):
+            return 0, 0
+        known = request.known_tokens()
+        found = [self._cache.partial(known, hits, request.tenant)]
+        if leader is not None and leader.tenant == request.tenant:
+            found.append(self._in_leader(known, hits, leader))
+        usable = [pair for pair in found if pair is not None and self._written[pair[0]] < step]
+        source, saved = max(usable, key=lambda pair: pair[1], default=(0, 0))
+        return (source, saved) if saved >= self._least_copied else (0, 0)
+
+    def _in_leader(
+        self, known: npt.NDArray[np.int32], hits: BlockIds, leader: Request
+    ) -> tuple[int, int] | None:
+        """Of a leader that holds `hits` too: its next block, and the tokens that begin it alike."""
+        theirs, count = self._slots.blocks(leader.slot), len(hits)
+        if len(theirs) <= count or not np.array_equal(theirs[:count], hits):
+            return None
+        start = count * self._size
+        end = min(len(known) - 1, leader.num_computed, len(leader.prompt), start + self._size)
+        differ = known[start:end] != leader.prompt[start:end]
+        return int(theirs[count]), int(differ.argmax()) if differ.any() else len(differ)
 
     def _cached_prefix(self, request: Request) -> BlockIds:
         """Cached blocks to begin with; at least one token is left to compute."""

@@ -125,7 +125,11 @@ def _check_cache(scheduler: Scheduler) -> None:
     """Keys and blocks map one to one; parents are cached and rest after their children."""
     cache = scheduler.cache
     keys = {block: key for block, key in enumerate(cache._key) if key is not None}
-    _require(cache._child == {key: block for block, key in keys.items()}, "keys and blocks differ")
+    full = {key: block for block, key in keys.items() if len(key[1]) == cache._block_bytes}
+    _require(cache._child == full, "keys and blocks differ")
+    tails = {key[0]: b for b, key in keys.items() if 0 < len(key[1]) < cache._block_bytes}
+    _require(cache._tails == tails, "tails and blocks differ")
+    _require(len(tails) + len(full) == len(keys), "two blocks have one key")
     marked = np.flatnonzero(cache._is_cached).tolist()
     _require(marked == sorted(keys), f"marked as cached: {marked}, in the index: {sorted(keys)}")
     age = {block: age for age, block in enumerate(cache._idle)}

@@ -311,7 +311,7 @@ class Scheduler:
         request.num_computed += length
         self._slots.computed[request.slot] = request.num_computed
         self._slots.last_step[request.slot] = plan.step
-        self._tables.index(request)
+        self._tables.wrote(plan.step, request, chunk.start)
         if chunk.samples:
             self._prefilled(request)
         return length
@@ -340,7 +340,10 @@ class Scheduler:
 
     def _place(self, plan: StepPlan, request: Request) -> bool:
         """Reserve a slot, and blocks for all known tokens; False: there aren't enough blocks."""
-        if not self._tables.place(plan, request):
+        leader = None if request.leader is None else self.requests.get(request.leader)
+        if leader is not None and leader.slot == NO_SLOT:
+            leader = None
+        if not self._tables.place(plan, request, leader):
             return False
         if request.num_preemptions == 0:
             request.cached_tokens = request.num_computed
@@ -377,7 +380,7 @@ class Scheduler:
     def _release(self, request: Request) -> None:
         """Slot and blocks go back; full blocks stay cached. A preempted request waits again."""
         if request.finish is not Finish.ERROR:
-            self._tables.index(request)
+            self._tables.leave(request)
         if request.finish is None:
             self._keep_outputs(request)
         self._tables.give_back(request)

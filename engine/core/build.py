@@ -54,7 +54,9 @@ def core_of(
     calls = decode_calls(placement.device, config.max_running, max_context, progress)
     assembly = Assembly(config, placement, decoder, max_context, run_ahead, calls)
     runner, num_blocks = assembly.build()
-    core = EngineCore(_build_scheduler(config, num_blocks, max_context, model.window), runner, run_ahead)
+    core = EngineCore(
+        _build_scheduler(config, num_blocks, max_context, model.window), runner, run_ahead
+    )
     ready = Ready(
         model=config.served_name or name,
         architecture=model.architecture,
@@ -122,9 +124,7 @@ def _build_scheduler(
     return Scheduler(limits, policy, cost if asks_for_cost else None)
 
 
-def _limits(
-    config: EngineConfig, num_blocks: int, max_context: int, window: int | None
-) -> Limits:
+def _limits(config: EngineConfig, num_blocks: int, max_context: int, window: int | None) -> Limits:
     target_ms = config.itl_target_ms
     return Limits(
         num_blocks=num_blocks,

@@ -63,6 +63,7 @@ class FakeRunner:
         """Check the plan against the mirrored state, compute it, and draw the tokens."""
         self._change_slots(plan)
         self._change_decoding(plan)
+        self._copy_blocks(plan.block_copies)
         work = [Work(c.slot, c.start, c.length, c.samples) for c in plan.prefill]
         for slot in sorted(self.decoding):
             computed = self.slots[slot].computed
@@ -94,11 +95,11 @@ class FakeRunner:
         self.kv[:] = POISON
 
     def holds(self, tokens: list[int], blocks: list[int]) -> bool:
-        """Whether these blocks hold exactly the KV of these tokens' full blocks."""
+        """Whether these blocks hold exactly the KV of these tokens, as far as they go."""
         sequence = Sequence(None, [], [])  # type: ignore[arg-type]
         for token in tokens:
             sequence.append(token)
-        end = len(blocks) * self.block_size
+        end = min(len(tokens), len(blocks) * self.block_size)
         found: list[int] = self._at(blocks, end).tolist()
         return found == sequence.prefix[:end]
 
@@ -116,6 +117,13 @@ class FakeRunner:
             table = self.slots[slot].table
             assert index == len(table), f"slot {slot}: block {index} comes after {len(table)}"
             table.append(block)
+
+    def _copy_blocks(self, copies: list[tuple[int, int]]) -> None:
+        """All are read before any is written."""
+        blocks = self.kv.reshape(-1, self.block_size)
+        sources, destinations = [pair[0] for pair in copies], [pair[1] for pair in copies]
+        assert len(set(destinations)) == len(copies), f"a block is copied to twice: {copies}"
+        blocks[destinations] = blocks[sources]
 
     def _change_decoding(self, plan: StepPlan) -> None:
         leaves, joins = set(plan.decode_leaves), set(plan.decode_joins)

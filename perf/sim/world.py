@@ -83,6 +83,7 @@ class World:
                 f"step {plan.step} launched: {plan.num_decodes} decodes,"
                 f" prefill {[(chunk.slot, chunk.start, chunk.length) for chunk in plan.prefill]},"
                 f" admitted {[request.id for request in plan.admitted]},"
+                f" copied {plan.block_copies},"
                 f" released slots {plan.released}, blocks {plan.block_appends}"
             )
         elif not self.in_flight:
@@ -169,6 +170,11 @@ class World:
             known = np.asarray(tokens, np.int32)
             blocks = scheduler.cache.match(known, request.tenant).tolist()
             assert self.runner.holds(tokens, blocks), f"wrong KV is cached for {tokens}"
+            partial = scheduler.cache.partial(known, np.asarray(blocks), request.tenant)
+            if partial is not None:
+                tail, end = partial[0], len(blocks) * self.runner.block_size + partial[1]
+                is_right = self.runner.holds(tokens[:end], [*blocks, tail])
+                assert is_right, f"wrong KV is in the tail {tail} of {tokens}"
         assert scheduler.pool.flush() <= self.scenario.limits.num_blocks
         assert len(scheduler.cache) == 0, "an idle cached block could not be evicted"
 

@@ -81,20 +81,39 @@ BUGS = {
         PrefixCache, "match", {"node = blocks[-1]": "pass"}
     ),
     "a prompt is computed by two requests at once": Bug(
-        Scheduler, "_plan_chunk", {"self._tables.index(request)": "pass"}
+        Scheduler, "_plan_chunk", {"self._tables.wrote(plan.step, request, chunk.start)": "pass"}
     ),
     "KV of lost steps is trusted": Bug(Scheduler, "abandon", {"self.pool.flush()": "pass"}),
     "tokens computed again count as hits": Bug(
         Scheduler, "_place", {"if request.num_preemptions == 0:": "if True:"}
     ),
     "a leap outlives the block that it leads to": Bug(
-        PrefixCache, "evict", {"del self._leaps[leap_from]": "pass"}
+        PrefixCache, "_forget", {"del self._leaps[leap_from]": "pass"}
     ),
     "leaps are not told apart": Bug(
         PrefixCache, "match", {"leap is not None and data.startswith(leap[0], start)": "leap"}
     ),
     "a tenant's prefixes are kept under another's name": Bug(
         BlockTables, "place", {"Chain(request.tenant,": 'Chain("a",'}
+    ),
+    # Copies
+    "a block is copied that the same step computes": Bug(
+        BlockTables, "_to_copy", {"self._written[pair[0]] < step": "True"}
+    ),
+    "a copy is trusted for a token more than there is": Bug(
+        BlockTables, "_to_copy", {"return (source, saved)": "return (source, saved + 1)"}
+    ),
+    "a token that was drawn last is taken for computed": Bug(
+        BlockTables, "leave", {"[: request.num_computed]": ""}
+    ),
+    "a tail that is replaced is lost": Bug(
+        BlockPool, "keep_tail", {"displaced is not None": "False"}
+    ),
+    "a tail is copied whatever comes before it": Bug(
+        PrefixCache, "partial", {"int(blocks[-1]) if len(blocks) else salt": "salt"}
+    ),
+    "an evicted tail can still be found": Bug(
+        PrefixCache, "_forget", {"del self._tails[key[0]]": "pass"}
     ),
     # Windows
     "a block goes back while the window still holds its last position": Bug(
@@ -107,7 +126,9 @@ BUGS = {
         BlockTables, "slide", {" and end >= chain.num_blocks": ""}
     ),
     "a window's blocks are indexed however far they are": Bug(
-        BlockTables, "index", {"min(request.num_computed, self._indexed_tokens)": "request.num_computed"}
+        BlockTables,
+        "index",
+        {"min(request.num_computed, self._indexed_tokens)": "request.num_computed"},
     ),
     # Preemption
     "a preempted request forgets what it said": Bug(

@@ -18,7 +18,7 @@ def poison_unowned(world):
     """What nobody holds and the prefix cache does not know is NaN from here on."""
     pool, cache = world.core.scheduler.pool, world.core.scheduler.cache
     unowned = torch.from_numpy((pool.refs == 0) & ~cache._is_cached).nonzero()[:, 0]
-    kv = world.core._runner._step._kv
+    kv = world.core._runner._step.kv
     for tensor in (*kv.keys, *kv.values):
         tensor[unowned] = torch.nan
 
