@@ -30,6 +30,7 @@ from millrace.kernels.sampling_cpu import sample_cpu
 try:
     from millrace.kernels import (
         activation_triton,
+        append_attention_triton,
         attention_triton,
         fused_model,
         kv_append_triton,
@@ -57,6 +58,7 @@ class Operations:
     silu_mul: Callable[..., Tensor]  # activation.silu_mul
     gelu_tanh_mul: Callable[..., Tensor]  # activation.gelu_tanh_mul
     kv_append: Callable[..., Tensor]  # kv_append.kv_append
+    append_attention: Callable[..., Tensor] | None  # append_attention_reference, for decodes alone
     prepare_attention: Callable[..., Any]  # (batch, block_size, window) -> what the next one takes
     paged_attention: Callable[..., Tensor]  # (q, k_cache, v_cache, prepared, *, scale, ...)
     pack_linear: Callable[..., matmul.PackedLinear]  # matmul.pack_linear
@@ -78,6 +80,7 @@ REFERENCE = Operations(
     silu_mul=activation.silu_mul_reference,
     gelu_tanh_mul=activation.gelu_tanh_mul_reference,
     kv_append=kv_append.kv_append_reference,
+    append_attention=None,
     prepare_attention=attention.prepare_attention,
     paged_attention=attention.paged_attention_reference,
     pack_linear=matmul.pack_linear_reference,
@@ -147,6 +150,7 @@ def _triton_operations(on_gpu: bool, deterministic: bool = False) -> Operations:
         silu_mul=activation_triton.silu_mul,
         gelu_tanh_mul=activation_triton.gelu_tanh_mul,
         kv_append=kv_append_triton.kv_append,
+        append_attention=append_attention_triton.append_attention,
         prepare_attention=attention.prepare_attention,
         paged_attention=attention_triton.paged_attention,
         pack_linear=matmul.pack_linear_reference,
@@ -170,6 +174,7 @@ def _xformers_operations(on_gpu: bool) -> Operations:
     return replace(
         _triton_operations(on_gpu),
         name="xformers",
+        append_attention=None,
         prepare_attention=attention_xformers.prepare_attention_xformers,
         paged_attention=attention_xformers.paged_attention_xformers,
     )

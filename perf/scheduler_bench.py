@@ -73,6 +73,7 @@ class Driver:
             Limits(blocks, BLOCK_SIZE, max_running, step_tokens, 20_000, 10**9, CONTEXT)
         )
         self._decodes = np.zeros(max_running, np.bool_)
+        self._decode_slots = self._decodes.nonzero()[0]
         for index in range(num_decodes):
             prompt = tokens(PROMPT - index % BLOCK_SIZE, seed=index)
             self.submit(Request(index, prompt, OUTPUT))
@@ -95,10 +96,13 @@ class Driver:
         return planned - began, time.perf_counter_ns() - answered
 
     def _result(self, plan: StepPlan) -> StepResult:
-        self._decodes[plan.decode_leaves] = False
-        self._decodes[plan.decode_joins] = True
-        ended = [chunk.slot for chunk in plan.prefill if chunk.samples]
-        slots = np.concatenate([self._decodes.nonzero()[0], np.array(ended, np.int64)])
+        if plan.decode_leaves or plan.decode_joins:
+            self._decodes[plan.decode_leaves] = False
+            self._decodes[plan.decode_joins] = True
+            self._decode_slots = self._decodes.nonzero()[0]
+        slots, ended = self._decode_slots, [chunk.slot for chunk in plan.prefill if chunk.samples]
+        if ended:
+            slots = np.concatenate([slots, np.array(ended, np.int64)])
         count = len(slots)
         none, every = np.zeros(count, np.bool_), np.ones(count, np.bool_)
         return StepResult(plan.step, slots, np.full(count, 7), none, every)

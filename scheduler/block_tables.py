@@ -11,8 +11,6 @@ It plans nothing: scheduler.py asks, and says which steps have been applied.
 
 from __future__ import annotations
 
-from itertools import count, repeat
-
 import numpy as np
 import numpy.typing as npt
 
@@ -63,7 +61,7 @@ class BlockTables:
             plan.block_copies.append((source, int(fresh[0])))
         chain = Chain(request.tenant, len(hits), is_closed=not self._caches)
         slot = self._slots.occupy(request, blocks, request.num_computed, chain)
-        plan.block_appends += zip(repeat(slot), count(), blocks.tolist())
+        plan.append_blocks(np.full(len(blocks), slot), np.arange(len(blocks)), blocks)
         return True
 
     def to_begin(self, num_known: int) -> int:
@@ -113,7 +111,7 @@ class BlockTables:
             unused = self.window.reserved - len(table.blocks(slot))
             fresh = self._pool.take(max(0, min(missing, unused, self._pool.num_available)))
             assert fresh is not None, "no more than there are"
-            plan.block_appends += table.extend(slot, fresh)
+            plan.append_blocks(np.full(len(fresh), slot), table.extend(slot, fresh), fresh)
         return int(table.capacity[slot]) - request.num_computed
 
     def slide(self, request: Request, position: int, applied: int) -> None:
@@ -127,7 +125,7 @@ class BlockTables:
             launched.popleft()
         end = self.window.first_needed(launched[0][1] if launched else position)
         chain = self._slots.chains[slot]
-        if end > self._slots.first_block[slot] and end >= chain.num_blocks:
+        if end > self._slots.num_gone[slot] and end >= chain.num_blocks:
             self._pool.give_back(self._slots.drop_blocks(slot, end))
             self._slots.chains[slot] = Chain(chain.salt, is_closed=True)
 

@@ -100,7 +100,7 @@ def _check_closing(scheduler: Scheduler) -> None:
     for step, requests in scheduler._closing.items():
         _require(step > scheduler._applied, f"step {step} is applied, its closing requests remain")
         slots = [request.slot for request in requests]
-        is_last = all(scheduler._slots.last_step[slot] == step for slot in slots)
+        is_last = all(scheduler._last_step(slot) == step for slot in slots)
         _require(is_last, f"slots {slots} close with step {step}, not with their last one")
     coming = sum(len(scheduler.blocks_of(request)) for request in closing)
     _require(scheduler._coming_blocks == coming, f"{coming} blocks are coming")
@@ -165,7 +165,7 @@ def _check_table(scheduler: Scheduler, request: Request) -> None:
     table, chain = scheduler.blocks_of(request).tolist(), slots.chains[request.slot]
     _require(len(set(table)) == len(table), f"request {request.id}: block twice")
     length = int(slots.computed[request.slot])
-    first, end = int(slots.first_block[request.slot]), slots.end_block(request.slot)
+    first, end = int(slots.num_gone[request.slot]), slots.end_block(request.slot)
     _require(length <= end * size, f"request {request.id}: past its last block")
     has_none = chain.num_blocks == 0 and chain.is_closed
     _require(first == 0 or has_none, f"request {request.id}: its chain is broken off")
@@ -213,5 +213,5 @@ def _check_held(scheduler: Scheduler, request: Request, length: int, most: int) 
         _require(held == most, f"{where}: {held} blocks, not {most}")
         return
     _require(held <= most, f"{where}: {held} blocks, more than {most}")
-    first = int(scheduler._slots.first_block[request.slot])
+    first = int(scheduler._slots.num_gone[request.slot])
     _require(first <= window.first_needed(length), f"{where}: block {first} is needed, and gone")

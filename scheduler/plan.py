@@ -5,11 +5,11 @@ what changed. A step in which every request merely decodes inside its block is a
 
 Example, block_size 16. Slot 3 holds a prompt of 20 tokens, admitted in step 7 with budget 16:
 
-    step 7: admitted=[r], block_appends=[(3,0,41),(3,1,9)], prefill=[(3, start 0, length 16, False)]
+    step 7: admitted=[r], block_appends=[[3,0,41],[3,1,9]], prefill=[(3, start 0, length 16, False)]
     step 8: prefill=[(3, start 16, length 4, samples=True)]        -> result: token 20 of slot 3
     step 9: decode_joins=[3]                                       -> token 21
     ...
-    step 21: block_appends=[(3,2,17)]: position 32 is the first of block 2
+    step 21: block_appends=[[3,2,17]]: position 32 is the first of block 2
 """
 
 from __future__ import annotations
@@ -21,6 +21,10 @@ import numpy as np
 import numpy.typing as npt
 
 from millrace.scheduler.request import Request
+
+Rows = npt.NDArray[np.int32]
+NO_ROWS: Rows = np.empty((0, 3), np.int32)
+NO_ROWS.flags.writeable = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +50,7 @@ class StepPlan:
     step: int
     released: list[int] = field(default_factory=list)  # slots whose request is gone
     admitted: list[Request] = field(default_factory=list)  # `prefill` says where they start
-    block_appends: list[tuple[int, int, int]] = field(default_factory=list)  # slot, index, block
+    block_appends: Rows = field(default_factory=lambda: NO_ROWS)  # [n, 3]: slot, index, block
     swap_outs: list[tuple[int, int]] = field(default_factory=list)  # (block, host block)
     block_copies: list[tuple[int, int]] = field(default_factory=list)  # (source, destination)
     swap_ins: list[tuple[int, int]] = field(default_factory=list)  # (host block, block)
@@ -55,6 +59,14 @@ class StepPlan:
     decode_joins: list[int] = field(default_factory=list)  # slots
     num_decodes: int = 0  # slots that decode one token in this step
     context_tokens: int = 0  # KV that these read; counted where a cost model asks for it
+
+    def append_blocks(
+        self, slots: npt.NDArray[np.intp], index: npt.NDArray[np.intp], blocks: Rows
+    ) -> None:
+        """These blocks come to these slots at these indices of their tables, all [n]."""
+        rows = np.array((slots, index, blocks), np.int32).T
+        before = self.block_appends
+        self.block_appends = np.concatenate((before, rows)) if len(before) else rows
 
     @property
     def num_tokens(self) -> int:

@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections import defaultdict
 
 import numpy as np
+import numpy.typing as npt
 
 from millrace.scheduler.admission import Accepted, Admission, Decision
 from millrace.scheduler.block_pool import BlockPool
@@ -33,7 +34,6 @@ from millrace.scheduler.prefix_cache import BlockIds, PrefixCache
 from millrace.scheduler.request import NO_SLOT, Finish, Request
 from millrace.scheduler.request_heap import RequestHeap
 from millrace.scheduler.slots import Slots, SlotTable
-
 
 __all__ = ["Counters", "Limits", "Scheduler"]
 
@@ -61,9 +61,12 @@ class Scheduler:
         self._num_arrived = 0
         self._slots = SlotTable(limits.max_running, limits.longest, limits.block_size)
         self._tables = BlockTables(limits, self._slots, self.pool, self.cache)
-        self._planned_decodes = np.zeros(limits.max_running, np.bool_)  # as the runner knows them
+        self._planned_decodes = self._slots.decodes.copy()  # of the newest step
+        self._num_decodes = 0  # of them
+        self._is_changed = False  # other slots decode next than in the newest step
         self._step = 0  # newest planned step
         self._applied = 0  # newest step whose result has been taken in
+        self._drawing_last: dict[int, list[int]] = {}  # slots, by the step of their last token
         self._closing: dict[int, list[Request]] = defaultdict(list)  # by their last step
         self._coming_blocks = 0  # held by closing requests
         self._released: list[int] = []  # slots, for the next plan
@@ -165,8 +168,10 @@ class Scheduler:
         for request in [request for last in self._closing.values() for request in last]:
             self._release(request)
         self._closing.clear()
+        self._drawing_last.clear()
         self._coming_blocks = 0
-        self._planned_decodes[:] = False
+        self._planned_decodes[:] = 0
+        self._num_decodes = 0
         for request in [r for r in self.requests.values() if r.slot != NO_SLOT]:
             self.finish(request.id, Finish.ERROR, now_s, error=error)
         self.pool.flush()
@@ -179,17 +184,20 @@ class Scheduler:
         preemptions = self.counters.preemptions
         self._plan_decodes(plan)
         budget = self._prefill_budget(plan)
-        for request in list(self._prefilling.values()):
-            budget -= self._plan_chunk(plan, request, budget)
+        if self._prefilling:
+            for request in list(self._prefilling.values()):
+                budget -= self._plan_chunk(plan, request, budget)
         if self.counters.preemptions == preemptions:  # admit nobody where memory has just run out
             self._admit(plan, budget, now_s)
-        if plan.num_tokens == 0:
+        if plan.num_decodes == 0 and not plan.prefill:
+            self._is_changed = True  # the runner has not heard of it
             return None
         self._step = plan.step
         self._released = []
         if plan.decode_leaves or plan.decode_joins:
-            self._planned_decodes[plan.decode_leaves] = False
-            self._planned_decodes[plan.decode_joins] = True
+            self._planned_decodes[plan.decode_leaves] = 0
+            self._planned_decodes[plan.decode_joins] = 1
+        self._num_decodes = plan.num_decodes
         return plan
 
     def apply(self, result: StepResult, now_s: float = 0.0) -> Drawn:
@@ -199,9 +207,9 @@ class Scheduler:
         """
         self._applied = result.step
         slots, token_ids, stopped = result.slots, result.token_ids, result.stopped
-        is_live = self._slots.is_live[slots]  # others ended while this step was in flight
-        has_token = is_live & result.ok
-        if np.count_nonzero(has_token) < len(slots):
+        if self._closing or np.count_nonzero(result.ok) < len(slots):
+            is_live = self._slots.is_live[slots]  # others ended while this step was in flight
+            has_token = is_live & result.ok
             self._fail(slots[is_live & ~result.ok], now_s)
             slots, token_ids, stopped = slots[has_token], token_ids[has_token], stopped[has_token]
         self._slots.append(slots, token_ids)
@@ -210,8 +218,9 @@ class Scheduler:
         for row in stopped.nonzero()[0].tolist():
             stop_token = int(token_ids[row])
             self.finish(int(drawn.request_ids[row]), Finish.STOP, now_s, stop_token=stop_token)
-        for slot in self._slots.at_length().tolist():
-            self.finish(self.request_at(slot).id, Finish.LENGTH, now_s)
+        for slot in self._drawing_last.pop(result.step, ()):
+            if self._slots.is_live[slot]:
+                self.finish(self.request_at(slot).id, Finish.LENGTH, now_s)
         for request in self._closing.pop(result.step, ()):
             self._coming_blocks -= len(self.blocks_of(request))
             self._release(request)
@@ -227,22 +236,37 @@ class Scheduler:
     def _plan_decodes(self, plan: StepPlan) -> None:
         """One token for every decoding slot; a block first for those that begin one."""
         table = self._slots
-        crossing = (table.decodes & (table.computed == table.capacity)).nonzero()[0]
-        stalled = self._grow(plan, crossing) if len(crossing) else []
         decodes = table.decodes
-        if stalled:  # they try again in the next step
+        crossing = (table.computed + decodes > table.capacity).nonzero()[0]
+        if len(crossing) and (stalled := self._grow(plan, crossing)):
             decodes = decodes.copy()
-            decodes[stalled] = False
-        changed = (decodes != self._planned_decodes).nonzero()[0]
-        if len(changed):
-            joins = decodes[changed]
-            plan.decode_leaves = changed[~joins].tolist()
-            plan.decode_joins = changed[joins].tolist()
-        plan.num_decodes = int(np.count_nonzero(decodes))
+            decodes[stalled] = 0
+            self._is_changed = True
+        plan.num_decodes = self._num_decodes
+        if self._is_changed:
+            self._plan_changes(plan, decodes)
+            self._is_changed = decodes is not table.decodes  # who stalls tries again
         table.computed += decodes
-        table.last_step[decodes] = plan.step
-        # One whose last token this step draws is not planned past it.
-        table.decodes &= table.computed != table.end
+        ending = (table.computed == table.end).nonzero()[0]
+        if len(ending):
+            self._draw_last(plan, ending[decodes[ending] != 0])
+
+    def _plan_changes(self, plan: StepPlan, decodes: npt.NDArray[np.int32]) -> None:
+        """Which slots decode now that did not in the step before, and the other way round."""
+        changed = (decodes != self._planned_decodes).nonzero()[0]
+        is_join = decodes[changed] != 0
+        leaves = changed[~is_join]
+        self._slots.last_step[leaves] = self._step
+        plan.decode_leaves = leaves.tolist()
+        plan.decode_joins = changed[is_join].tolist()
+        plan.num_decodes = int(np.count_nonzero(decodes))
+
+    def _draw_last(self, plan: StepPlan, slots: Slots) -> None:
+        """These draw their last token in this step, and are not planned past it."""
+        if len(slots):
+            self._slots.decodes[slots] = 0
+            self._is_changed = True
+            self._drawing_last.setdefault(plan.step, []).extend(slots.tolist())
 
     def _grow(self, plan: StepPlan, crossing: Slots) -> list[int]:
         """A new block for each of these decoding slots; returns those that get none for now."""
@@ -252,14 +276,14 @@ class Scheduler:
                 self._tables.slide(self.request_at(slot), position, self._applied)
         blocks = self.pool.take(len(crossing))
         if blocks is not None:
-            plan.block_appends = self._slots.add_blocks(crossing, blocks)
+            plan.append_blocks(crossing, self._slots.add_blocks(crossing, blocks), blocks)
             return []
         stalled: list[int] = []
         for slot in crossing.tolist():
             if self._slots.decodes[slot] and not self._grow_one(plan, slot, len(stalled)):
                 stalled.append(slot)
         decodes = self._slots.decodes  # without those that were preempted meanwhile
-        plan.block_appends = [row for row in plan.block_appends if decodes[row[0]]]
+        plan.block_appends = plan.block_appends[decodes[plan.block_appends[:, 0]] != 0]
         # The last to yield may have brought blocks enough for some that had stalled before.
         return [slot for slot in stalled if decodes[slot] and not self._extend(plan, slot)]
 
@@ -277,21 +301,22 @@ class Scheduler:
 
     def _extend(self, plan: StepPlan, slot: int) -> bool:
         block = self.pool.take(1)
-        if block is not None:
-            plan.block_appends += self._slots.add_blocks(np.array([slot]), block)
-        return block is not None
+        if block is None:
+            return False
+        slots = np.array([slot])
+        plan.append_blocks(slots, self._slots.add_blocks(slots, block), block)
+        return True
 
     def _in_flight(self, slot: int) -> int:
         """Launched steps with a decoding slot, at most, whose results are not applied yet."""
-        return max(0, int(self._slots.last_step[slot]) - self._applied)
+        return max(0, self._last_step(slot) - self._applied)
 
     def _prefill_budget(self, plan: StepPlan) -> int:
         """Tokens left for prompts: within the step's limit, and the time that streams may wait."""
         budget = self.limits.max_step_tokens - plan.num_decodes
         if self.cost is None:
             return budget
-        table = self._slots
-        plan.context_tokens = int(table.computed @ (table.last_step == plan.step))
+        plan.context_tokens = int(self._slots.computed @ self._slots.decodes)
         target_s = self.limits.itl_target_s
         if target_s is None or plan.num_decodes == 0:
             return budget
@@ -320,7 +345,11 @@ class Scheduler:
         """All known tokens are computed: from the next step on it decodes."""
         slot, table = request.slot, self._slots
         del self._prefilling[slot]
-        table.decodes[slot] = table.computed[slot] != table.end[slot]
+        if table.computed[slot] == table.end[slot]:
+            self._drawing_last.setdefault(int(table.last_step[slot]), []).append(slot)
+        else:
+            table.decodes[slot] = 1
+            self._is_changed = True
         self._free_followers(request)
 
     def _admit(self, plan: StepPlan, budget: int, now_s: float) -> None:
@@ -368,14 +397,19 @@ class Scheduler:
         slot = request.slot
         request.is_closing = True
         request.num_computed = int(self._slots.computed[slot])
-        self._slots.decodes[slot] = False
+        self._slots.decodes[slot] = 0
+        self._is_changed = True
         self._prefilling.pop(slot, None)
-        last_step = int(self._slots.last_step[slot])
+        last_step = self._last_step(slot)
         if last_step > self._applied:
             self._closing[last_step].append(request)
             self._coming_blocks += len(self.blocks_of(request))
         else:
             self._release(request)
+
+    def _last_step(self, slot: int) -> int:
+        """The newest launched step with this slot."""
+        return self._step if self._planned_decodes[slot] else int(self._slots.last_step[slot])
 
     def _release(self, request: Request) -> None:
         """Slot and blocks go back; full blocks stay cached. A preempted request waits again."""

@@ -113,7 +113,7 @@ class FakeRunner:
             for token in request.known_tokens().tolist():
                 sequence.append(token)
             sequence.given = len(sequence.tokens)
-        for slot, index, block in plan.block_appends:
+        for slot, index, block in plan.block_appends.tolist():
             table = self.slots[slot].table
             assert index == len(table), f"slot {slot}: block {index} comes after {len(table)}"
             table.append(block)

@@ -84,7 +84,7 @@ class World:
                 f" prefill {[(chunk.slot, chunk.start, chunk.length) for chunk in plan.prefill]},"
                 f" admitted {[request.id for request in plan.admitted]},"
                 f" copied {plan.block_copies},"
-                f" released slots {plan.released}, blocks {plan.block_appends}"
+                f" released slots {plan.released}, blocks {plan.block_appends.tolist()}"
             )
         elif not self.in_flight:
             assert not self.scheduler.requests, "requests live, but nothing runs or is planned"

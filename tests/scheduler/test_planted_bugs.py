@@ -144,7 +144,7 @@ BUGS = {
         Scheduler, "schedule", {"if self.counters.preemptions == preemptions:": "if True:"}
     ),
     "a preempted slot keeps the block it was to get": Bug(
-        Scheduler, "_grow", {"if decodes[row[0]]": ""}
+        Scheduler, "_grow", {"[decodes[plan.block_appends[:, 0]] != 0]": ""}
     ),
     # Ends
     "a request that has ended goes on drawing": Bug(
@@ -154,7 +154,7 @@ BUGS = {
         SlotTable, "occupy", {"= request.max_length - 1": "= request.max_length"}
     ),
     "an ended request stays in the decoding set": Bug(
-        Scheduler, "schedule", {"self._planned_decodes[plan.decode_leaves] = False": "pass"}
+        Scheduler, "schedule", {"self._planned_decodes[plan.decode_leaves] = 0": "pass"}
     ),
     "a cancelled leader leaves its followers behind": Bug(
         Scheduler, "finish", {"self._free_followers(request)": "pass"}

@@ -78,7 +78,7 @@ def test_a_prompt_is_computed_then_each_step_draws_one_token():
     first = plan_of(scheduler, now_s=5.0)
     slot, blocks = request.slot, scheduler.blocks_of(request)
     assert first.admitted == [request]
-    assert first.block_appends == [(slot, 0, int(blocks[0])), (slot, 1, int(blocks[1]))]
+    assert first.block_appends.tolist() == [[slot, 0, blocks[0]], [slot, 1, blocks[1]]]
     assert first.prefill == [PrefillChunk(slot, 0, 6, samples=True)]
     assert request.scheduled_s == 5.0
     assert apply(scheduler, first, (slot, 70)) == [(0, 70)]
@@ -86,7 +86,7 @@ def test_a_prompt_is_computed_then_each_step_draws_one_token():
     assert (second.decode_joins, second.num_decodes, second.prefill) == ([slot], 1, [])
     assert apply(scheduler, second, (slot, 71)) == [(0, 71)]
     third = plan_of(scheduler)
-    assert (third.decode_joins, third.decode_leaves, third.block_appends) == ([], [], [])
+    assert (third.decode_joins, third.decode_leaves, len(third.block_appends)) == ([], [], 0)
     assert apply(scheduler, third, (slot, 72)) == [(0, 72)]
     assert ended(scheduler) == [(0, Finish.LENGTH)]
     assert request.outputs == [70, 71, 72]
@@ -100,7 +100,7 @@ def test_a_decode_gets_a_block_just_when_it_begins_one():
     appends = []
     for _ in range(6):
         plan = plan_of(scheduler)
-        appends.append([index for _, index, _ in plan.block_appends])
+        appends.append(plan.block_appends[:, 1].tolist())
         apply(scheduler, plan, (request.slot, 9))
     # Positions 0 and 1 are in block 0, 2 and 3 in block 1, 4 and 5 in block 2.
     assert appends == [[0], [], [1], [], [2], []]

@@ -91,7 +91,8 @@ def test_only_requests_that_need_them_send_rows_over_the_vocabulary():
 
 def test_blocks_go_to_their_places_and_nowhere_else():
     table = table_of(50)
-    apply(table, StepPlan(1, block_appends=[(0, 0, 11), (0, 2, 12), (5, 1, 13)]))
+    rows = np.array([(0, 0, 11), (0, 2, 12), (5, 1, 13)], np.int32)
+    apply(table, StepPlan(1, block_appends=rows))
     assert table.block_table[0].tolist() == [11, 0, 12]
     assert table.block_table[5].tolist() == [0, 13, 0]
     assert table.block_table[1:5].eq(0).all()
