@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from millrace.engine.core.messages import NewRequest, TokenLogprobs
+from millrace.engine.errors import DeviceLost
 from millrace.engine.runner.block_moves import BlockMoves
 from millrace.engine.runner.changes import ChangePacker, Slots
 from millrace.engine.runner.copies import Arrival, Copies
@@ -107,10 +108,22 @@ class Runner:
                 launched.prompts[chunk.slot] = (chunk.start + 1, prompt)
         return launched
 
-    def forget_decodes(self) -> None:
-        """No slot decodes any more: the scheduler has abandoned the launched steps."""
+    def recover(self) -> None:
+        """A step failed, and the scheduler has ended all that ran: no slot means anything now.
+
+        What is left in the table is overwritten when a request comes to its slot. A kernel that
+        faults takes the whole CUDA context with it: then the device answers this process never
+        again, and DeviceLost is raised.
+        """
         self._decodes[:] = False
         self._decode_slots = np.zeros(0, np.int64)
+        self._num_top.clear()
+        self._processed.clear()
+        self._prompt_top.clear()
+        try:
+            self._copies.settle()
+        except Exception as error:
+            raise DeviceLost(f"the device is lost to this process: {error}") from error
 
     # ------------------------------------------------------------ what the device must be told
 
