@@ -204,12 +204,16 @@ class Scheduler:
     def schedule(self, now_s: float = 0.0) -> StepPlan | None:
         """Plan the next step; None when no request can move."""
         plan = StepPlan(self._step + 1, released=self._released)
+        self._make_room()
         preemptions = self.counters.preemptions
         self._plan_decodes(plan)
         budget = self._prefill_budget(plan)
-        for request in list(self._prefilling.values()):
+        may_admit = self.counters.preemptions == preemptions  # not where memory has just run out
+        if may_admit and self.policy.is_pressing():
+            budget = self._admit(plan, budget, now_s, only_pressing=True)
+        for request in self.policy.in_order(list(self._prefilling.values())):
             budget -= self._plan_chunk(plan, request, budget)
-        if self.counters.preemptions == preemptions:  # admit nobody where memory has just run out
+        if may_admit:
             self._admit(plan, budget, now_s)
         if plan.num_tokens == 0:
             return None
@@ -338,25 +342,44 @@ class Scheduler:
         table.decodes[slot] = table.computed[slot] != table.end[slot]
         self._free_followers(request)
 
-    def _admit(self, plan: StepPlan, budget: int, now_s: float) -> None:
-        """Give slots and blocks to waiting requests, in the policy's order and never past it."""
+    def _make_room(self) -> None:
+        """Someone yields, one a step, where the policy will not let its head wait for the others.
+
+        Before anything is planned: so what it holds comes back at once, unless steps are in flight.
+        """
+        if self._closing or not self.policy.is_pressing():
+            return
+        head = self.policy.head()
+        assert head is not None, "who is pressing waits"
+        if not (self._slots.free and self._fits(head, self._cached_prefix(head))):
+            victim = self.policy.makes_room(self._running())
+            if victim is not None:
+                self._preempt(victim)
+
+    def _admit(self, plan: StepPlan, budget: int, now_s: float, only_pressing: bool = False) -> int:
+        """Give slots and blocks to waiting requests, in the policy's order and never past it.
+
+        Returns what is left of the budget.
+        """
         while budget > 0 and self._slots.free and (request := self.policy.head()) is not None:
+            if only_pressing and not self.policy.is_pressing():
+                break
             if not self._place(plan, request):
-                return
+                break
             self.policy.pop()
             request.is_queued = False
             self._count_waiting(request, -1)
             request.scheduled_s = request.scheduled_s or now_s
             budget -= self._plan_chunk(plan, request, budget)
+        return budget
 
     def _place(self, plan: StepPlan, request: Request) -> bool:
         """Reserve a slot, and blocks for all known tokens; False: there aren't enough blocks."""
         hits = self._cached_prefix(request)
-        need = self._blocks_for(request.num_known) - len(hits)
-        if self.pool.num_available - self.pool.num_idle(hits) < need:
+        if not self._fits(request, hits):
             return False
         self.pool.share(hits)  # before taking others, which may evict
-        fresh = self.pool.take(need)
+        fresh = self.pool.take(self._blocks_for(request.num_known) - len(hits))
         assert fresh is not None, "blocks were counted before they were taken"
         blocks = np.concatenate([hits, fresh])
         request.num_computed = len(hits) * self.limits.block_size
@@ -370,6 +393,11 @@ class Scheduler:
         plan.admitted.append(request)
         plan.block_appends += zip(repeat(slot), count(), blocks.tolist())
         return True
+
+    def _fits(self, request: Request, hits: BlockIds) -> bool:
+        """Whether there are blocks for all known tokens of a request that shares `hits`."""
+        need = self._blocks_for(request.num_known) - len(hits)
+        return self.pool.num_available - self.pool.num_idle(hits) >= need
 
     def _cached_prefix(self, request: Request) -> BlockIds:
         """Cached blocks to begin with; at least one token is left to compute."""
