@@ -48,12 +48,11 @@ class BlockTables:
         `leader` runs, and may have computed the same beginning in a block of its own.
         """
         hits = self._cached_prefix(request)
-        need = self.to_begin(request.num_known) - len(hits)
-        if self._pool.num_available - self._pool.num_idle(hits) < need:
+        if not self._is_room(request, hits):
             return False
         source, num_copied = self._to_copy(plan.step, request, hits, leader)
         self._pool.share(hits)  # before taking others, which may evict
-        fresh = self._pool.take(need)
+        fresh = self._pool.take(self.to_begin(request.num_known) - len(hits))
         assert fresh is not None, "blocks were counted before they were taken"
         blocks = np.concatenate([hits, fresh])
         request.num_computed = len(hits) * self._size + num_copied
@@ -63,6 +62,10 @@ class BlockTables:
         slot = self._slots.occupy(request, blocks, request.num_computed, chain)
         plan.append_blocks(np.full(len(blocks), slot), np.arange(len(blocks)), blocks)
         return True
+
+    def fits(self, request: Request) -> bool:
+        """Whether `place` would find blocks for it."""
+        return self._is_room(request, self._cached_prefix(request))
 
     def to_begin(self, num_known: int) -> int:
         """Blocks that a request needs to compute so many tokens."""
@@ -128,6 +131,10 @@ class BlockTables:
         if end > self._slots.num_gone[slot] and end >= chain.num_blocks:
             self._pool.give_back(self._slots.drop_blocks(slot, end))
             self._slots.chains[slot] = Chain(chain.salt, is_closed=True)
+
+    def _is_room(self, request: Request, hits: BlockIds) -> bool:
+        need = self.to_begin(request.num_known) - len(hits)
+        return self._pool.num_available - self._pool.num_idle(hits) >= need
 
     def _to_copy(
         self, step: int, request: Request, hits: BlockIds, leader: Request | None

@@ -181,13 +181,17 @@ class Scheduler:
     def schedule(self, now_s: float = 0.0) -> StepPlan | None:
         """Plan the next step; None when no request can move."""
         plan = StepPlan(self._step + 1, released=self._released)
+        self._make_room()
         preemptions = self.counters.preemptions
         self._plan_decodes(plan)
         budget = self._prefill_budget(plan)
-        if self._prefilling:
-            for request in list(self._prefilling.values()):
-                budget -= self._plan_chunk(plan, request, budget)
-        if self.counters.preemptions == preemptions:  # admit nobody where memory has just run out
+        may_admit = self.counters.preemptions == preemptions  # not where memory has just run out
+        begun = self.policy.in_order(list(self._prefilling.values())) if self._prefilling else ()
+        if may_admit and self.policy.is_pressing():
+            budget = self._admit(plan, budget, now_s, only_pressing=True)
+        for request in begun:
+            budget -= self._plan_chunk(plan, request, budget)
+        if may_admit:
             self._admit(plan, budget, now_s)
         if plan.num_decodes == 0 and not plan.prefill:
             self._is_changed = True  # the runner has not heard of it
@@ -352,20 +356,38 @@ class Scheduler:
             self._is_changed = True
         self._free_followers(request)
 
-    def _admit(self, plan: StepPlan, budget: int, now_s: float) -> None:
+    def _make_room(self) -> None:
+        """Someone yields, one a step, where the policy will not let its head wait for the others.
+
+        Before anything is planned: so what it holds comes back at once, unless steps are in flight.
+        """
+        if self._closing or not self.policy.is_pressing():
+            return
+        head = self.policy.head()
+        assert head is not None, "who is pressing waits"
+        if not (self._slots.free and self._tables.fits(head)):
+            victim = self.policy.makes_room(self._running())
+            if victim is not None:
+                self._preempt(victim)
+
+    def _admit(self, plan: StepPlan, budget: int, now_s: float, only_pressing: bool = False) -> int:
         """Give slots and blocks to waiting requests, in the policy's order and never past it.
 
-        A prompt that has begun takes the budget until it ends. So whoever is admitted finds all
-        that the prompts before it had in common with it: they are computed, or in this very step.
+        A prompt that has begun takes the budget until it ends, or until one of another tenant is
+        pressing. So whoever is admitted finds all that its tenant's prompts before it had in common
+        with it: they are computed, or in this very step. Returns what is left of the budget.
         """
         while budget > 0 and self._slots.free and (request := self.policy.head()) is not None:
+            if only_pressing and not (self.policy.is_pressing() and self._may_overtake(request)):
+                break
             if not self._place(plan, request):
-                return
+                break
             self.policy.pop()
             request.is_queued = False
             self._count_waiting(request, -1)
             request.scheduled_s = request.scheduled_s or now_s
             budget -= self._plan_chunk(plan, request, budget)
+        return budget
 
     def _place(self, plan: StepPlan, request: Request) -> bool:
         """Reserve a slot, and blocks for all known tokens; False: there aren't enough blocks."""
@@ -381,6 +403,10 @@ class Scheduler:
         self._prefilling[request.slot] = request
         plan.admitted.append(request)
         return True
+
+    def _may_overtake(self, request: Request) -> bool:
+        """Whether none of the begun prompts is of its own tenant: from that it may share blocks."""
+        return all(begun.tenant != request.tenant for begun in self._prefilling.values())
 
     # ------------------------------------------------------------ leaving a slot
 

@@ -23,10 +23,12 @@ class Before:
     prefilling: list[Sequence]
     preemptions: dict[int, int]  # by request
     queued: set[int]
+    num_pressing: int  # 1: somebody may yield to the head, memory or not
 
 
 def look(scheduler: Scheduler, runner: FakeRunner) -> Before:
-    before = Before([], [], [], {}, {request.id for request in scheduler.policy})
+    queued = {request.id for request in scheduler.policy}
+    before = Before([], [], [], {}, queued, int(scheduler.policy.is_pressing()))
     for request in scheduler.requests.values():
         before.preemptions[request.id] = request.num_preemptions
         if request.slot == NO_SLOT or request.is_closing:
@@ -52,7 +54,8 @@ def judge(scheduler: Scheduler, runner: FakeRunner, before: Before, plan: StepPl
         num_tokens = 0
     else:
         assert 0 < plan.num_tokens <= scheduler.limits.max_step_tokens, f"{plan.num_tokens} tokens"
-        assert not (yielded and plan.admitted), "admitted where memory had just run out"
+        has_run_out = len(yielded) > before.num_pressing
+        assert not (has_run_out and plan.admitted), "admitted where memory had just run out"
         _judge_order(scheduler, before, plan)
         _judge_sharing(scheduler, plan)
         num_tokens = plan.num_tokens
@@ -60,6 +63,8 @@ def judge(scheduler: Scheduler, runner: FakeRunner, before: Before, plan: StepPl
         _judge_leftover(scheduler, runner, before, may_admit=not yielded)
     for sequence in before.ready:
         request = sequence.request
+        if request in yielded:  # and may have come back in the same step
+            continue
         is_planned = plan is not None and request.slot in runner.decoding
         assert is_planned or not _is_planned_on(request), f"request {request.id} is kept waiting"
 
@@ -96,6 +101,7 @@ def _judge_preemptions(scheduler: Scheduler, before: Before, yielded: list[Reque
         assert first > last, "a request yielded to one behind it"
     if not scheduler.limits.prefix_caching:  # so every victim brings at least one block
         needed = len(before.crossing)
+        needed += before.num_pressing
         assert len(yielded) <= needed, f"{len(yielded)} yielded where {needed} blocks were needed"
 
 
