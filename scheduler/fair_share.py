@@ -115,7 +115,7 @@ class FairShare:
             self._free_numbers.append(tenant.number)
 
     def drew(self, slots: Slots) -> None:
-        self._owed[slots] += self._price[slots]
+        self._owed += np.bincount(slots, self._price[slots], len(self._owed))
 
     def hopeless(self, now_s: float) -> Request | None:
         return None

@@ -62,6 +62,7 @@ def test_the_worlds_are_as_rough_as_they_should_be():
         happened["hit tokens"] += world.scheduler.counters.prefix_hit_tokens
         happened["abandoned"] += len(world.ledger.abandoned)
         happened["steps"] += sum("launched" in line for line in world.log)
+        happened["drafted"] += sum("drafts [[" in line for line in world.log)
         happened["shed"] += world.scheduler.counters.shed
         happened[world.scenario.policy] += world.scheduler.counters.preemptions
     for what in [*Finish, "refused", "preempted", "abandoned"]:
@@ -69,5 +70,6 @@ def test_the_worlds_are_as_rough_as_they_should_be():
     for policy in POLICIES:  # ran out of memory under each
         assert happened[policy] >= 5, happened
     assert happened["shed"] >= 5, happened
+    assert happened["drafted"] >= 500, happened
     assert happened["hit tokens"] >= 1000, happened
     assert happened["steps"] >= 2000, happened
