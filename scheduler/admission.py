@@ -52,6 +52,8 @@ class Admission:
             return Refused("the prompt is empty", "prompt", "at least 1 token")
         if request.max_tokens < 1:
             return Refused(f"max_tokens is {request.max_tokens}", "max_tokens", "at least 1")
+        if request.lookahead < 0:
+            return Refused(f"lookahead is {request.lookahead}", "lookahead", "at least 0")
         if request.max_length > longest:
             reason = f"prompt and output may be {request.max_length} tokens, more than ever fit"
             return Refused(reason, "max_tokens", f"at most {longest} tokens of prompt and output")

@@ -81,14 +81,14 @@ class BlockTables:
     def index(self, request: Request) -> None:
         """Put its full blocks into the prefix cache whose tokens are both known and computed."""
         slot, table = request.slot, self._slots
-        valid = table.tokens(slot)[: min(request.num_computed, self._indexed_tokens)]
+        valid = table.tokens(slot)[: min(int(table.computed[slot]), self._indexed_tokens)]
         self._cache.insert(valid, table.blocks(slot), table.chains[slot])
 
     def leave(self, request: Request) -> None:
         """Its last step is applied: what it has computed stays in the prefix cache."""
         self.index(request)
         slot, table = request.slot, self._slots
-        valid, chain = table.tokens(slot)[: request.num_computed], table.chains[slot]
+        valid, chain = table.tokens(slot)[: table.computed[slot]], table.chains[slot]
         num_full, num_left = divmod(len(valid), self._size)
         is_whole = chain.num_blocks == num_full and not chain.is_closed
         if is_whole and num_left >= self._least_copied:
@@ -139,7 +139,7 @@ class BlockTables:
     def _to_copy(
         self, step: int, request: Request, hits: BlockIds, leader: Request | None
     ) -> tuple[int, int]:
-        """The block to copy behind `hits`, and how many tokens that saves; (0, 0): none, or too few.
+        """The block to copy behind `hits`, and how many tokens that saves; (0, 0): too few.
 
         Its tokens must have been computed in an earlier step: copies come first in a step.
         """

@@ -17,7 +17,7 @@ blocks at once, which needs no hashing, only a comparison. It goes with the bloc
       \\______________ b0..b7 __________/^
 
 A node may have one tail: a block that is filled in part only. It can't be shared, for its owner
-would go on writing it, but copied: whoever comes with the same tokens goes on in a block of its own.
+would go on writing it, but copied: who comes with the same tokens goes on in a block of its own.
 """
 
 from __future__ import annotations

@@ -23,17 +23,21 @@ from collections import defaultdict
 import numpy as np
 import numpy.typing as npt
 
+from millrace.scheduler import speculation
 from millrace.scheduler.admission import Accepted, Admission, Decision
 from millrace.scheduler.block_pool import BlockPool
 from millrace.scheduler.block_tables import BlockTables
 from millrace.scheduler.cost_model import CostModel
 from millrace.scheduler.limits import Counters, Limits
-from millrace.scheduler.plan import Drawn, PrefillChunk, StepPlan, StepResult
+from millrace.scheduler.plan import Drawn, PrefillChunk, Rows, StepPlan, StepResult
 from millrace.scheduler.policy import FirstComeFirstServed, Policy
 from millrace.scheduler.prefix_cache import BlockIds, PrefixCache
 from millrace.scheduler.request import NO_SLOT, Finish, Request
 from millrace.scheduler.request_heap import RequestHeap
 from millrace.scheduler.slots import Slots, SlotTable
+
+NO_SLOTS: Slots = np.empty(0, np.intp)
+
 
 __all__ = ["Counters", "Limits", "Scheduler"]
 
@@ -66,6 +70,7 @@ class Scheduler:
         self._is_changed = False  # other slots decode next than in the newest step
         self._step = 0  # newest planned step
         self._applied = 0  # newest step whose result has been taken in
+        self._drafts: dict[int, Rows] = {}  # in flight, by step
         self._drawing_last: dict[int, list[int]] = {}  # slots, by the step of their last token
         self._closing: dict[int, list[Request]] = defaultdict(list)  # by their last step
         self._coming_blocks = 0  # held by closing requests
@@ -168,6 +173,7 @@ class Scheduler:
         for request in [request for last in self._closing.values() for request in last]:
             self._release(request)
         self._closing.clear()
+        self._drafts.clear()
         self._drawing_last.clear()
         self._coming_blocks = 0
         self._planned_decodes[:] = 0
@@ -183,8 +189,9 @@ class Scheduler:
         plan = StepPlan(self._step + 1, released=self._released)
         self._make_room()
         preemptions = self.counters.preemptions
-        self._plan_decodes(plan)
-        budget = self._prefill_budget(plan)
+        stalled = self._plan_decodes(plan)
+        drafting = self._slots.drafting(stalled) if self._slots.num_lookahead else NO_SLOTS
+        budget = self._prefill_budget(plan, drafting)
         may_admit = self.counters.preemptions == preemptions  # not where memory has just run out
         begun = self.policy.in_order(list(self._prefilling.values())) if self._prefilling else ()
         if may_admit and self.policy.is_pressing():
@@ -192,8 +199,11 @@ class Scheduler:
         for request in begun:
             budget -= self._plan_chunk(plan, request, budget)
         if may_admit:
-            self._admit(plan, budget, now_s)
-        if plan.num_decodes == 0 and not plan.prefill:
+            budget = self._admit(plan, budget, now_s)
+        if len(drafting):
+            speculation.plan_drafts(self._slots, self.pool, plan, drafting, budget)
+            self._drafts[plan.step] = plan.drafts
+        if plan.num_decodes == 0 and not plan.prefill and not len(drafting):
             self._is_changed = True  # the runner has not heard of it
             return None
         self._step = plan.step
@@ -210,18 +220,27 @@ class Scheduler:
         Requests that end here also appear in `take_ended()`.
         """
         self._applied = result.step
+        drafts = self._drafts.pop(result.step, None)
+        if drafts is not None:
+            result = self._settle_drafts(drafts, result)
         slots, token_ids, stopped = result.slots, result.token_ids, result.stopped
+        failed = NO_SLOTS
         if self._closing or np.count_nonzero(result.ok) < len(slots):
             is_live = self._slots.is_live[slots]  # others ended while this step was in flight
             has_token = is_live & result.ok
-            self._fail(slots[is_live & ~result.ok], now_s)
+            failed = slots[is_live & ~result.ok]
             slots, token_ids, stopped = slots[has_token], token_ids[has_token], stopped[has_token]
-        self._slots.append(slots, token_ids)
+        if drafts is None:
+            self._slots.append(slots, token_ids)
+        else:
+            self._slots.append_runs(slots, token_ids, speculation.first_of_run(slots))
         self.policy.drew(slots)
         drawn = Drawn(self._slots.ids[slots], token_ids)
         for row in stopped.nonzero()[0].tolist():
             stop_token = int(token_ids[row])
             self.finish(int(drawn.request_ids[row]), Finish.STOP, now_s, stop_token=stop_token)
+        if len(failed):
+            self._fail(failed, now_s)
         for slot in self._drawing_last.pop(result.step, ()):
             if self._slots.is_live[slot]:
                 self.finish(self.request_at(slot).id, Finish.LENGTH, now_s)
@@ -230,6 +249,15 @@ class Scheduler:
             self._release(request)
         return drawn
 
+    def _settle_drafts(self, drafts: Rows, result: StepResult) -> StepResult:
+        """What of a result with drafts counts; whose drafts these were can be planned again."""
+        result = speculation.up_to_ends(result)
+        done = speculation.settle(self._slots, drafts, result)
+        for request in self._closing.get(result.step, ()):
+            self._slots.speculates[request.slot] = 0
+        self._drawing_last.setdefault(result.step, []).extend(done.tolist())
+        return result
+
     def _fail(self, slots: Slots, now_s: float) -> None:
         error = "no token could be drawn: the logits are NaN, or no token is allowed"
         for slot in slots.tolist():
@@ -237,11 +265,16 @@ class Scheduler:
 
     # ------------------------------------------------------------ parts of schedule()
 
-    def _plan_decodes(self, plan: StepPlan) -> None:
-        """One token for every decoding slot; a block first for those that begin one."""
+    def _plan_decodes(self, plan: StepPlan) -> list[int]:
+        """One token for every decoding slot; a block first for those that begin one.
+
+        Returns the slots that get no block for now. All others that stream have room for a token.
+        """
         table = self._slots
         decodes = table.decodes
-        crossing = (table.computed + decodes > table.capacity).nonzero()[0]
+        stalled: list[int] = []
+        streams = table.streams() if table.num_lookahead else decodes
+        crossing = (table.computed + streams > table.capacity).nonzero()[0]
         if len(crossing) and (stalled := self._grow(plan, crossing)):
             decodes = decodes.copy()
             decodes[stalled] = 0
@@ -254,6 +287,7 @@ class Scheduler:
         ending = (table.computed == table.end).nonzero()[0]
         if len(ending):
             self._draw_last(plan, ending[decodes[ending] != 0])
+        return stalled
 
     def _plan_changes(self, plan: StepPlan, decodes: npt.NDArray[np.int32]) -> None:
         """Which slots decode now that did not in the step before, and the other way round."""
@@ -284,12 +318,12 @@ class Scheduler:
             return []
         stalled: list[int] = []
         for slot in crossing.tolist():
-            if self._slots.decodes[slot] and not self._grow_one(plan, slot, len(stalled)):
+            if self._slots.is_stream(slot) and not self._grow_one(plan, slot, len(stalled)):
                 stalled.append(slot)
-        decodes = self._slots.decodes  # without those that were preempted meanwhile
-        plan.block_appends = plan.block_appends[decodes[plan.block_appends[:, 0]] != 0]
+        streams = self._slots.streams()  # without those that were preempted meanwhile
+        plan.block_appends = plan.block_appends[streams[plan.block_appends[:, 0]] != 0]
         # The last to yield may have brought blocks enough for some that had stalled before.
-        return [slot for slot in stalled if decodes[slot] and not self._extend(plan, slot)]
+        return [slot for slot in stalled if streams[slot] and not self._extend(plan, slot)]
 
     def _grow_one(self, plan: StepPlan, slot: int, num_stalled: int) -> bool:
         """Append a block to a decoding slot, preempting others for it; False: not in this step."""
@@ -299,7 +333,7 @@ class Scheduler:
             if self._tables.window is not None and self._in_flight(slot):
                 return False  # so may be the end of what still reads a block of its own
             self._preempt(self.policy.victim(self._running()))
-            if not self._slots.decodes[slot]:
+            if not self._slots.is_stream(slot):
                 return False  # it was the victim itself
         return True
 
@@ -315,16 +349,18 @@ class Scheduler:
         """Launched steps with a decoding slot, at most, whose results are not applied yet."""
         return max(0, self._last_step(slot) - self._applied)
 
-    def _prefill_budget(self, plan: StepPlan) -> int:
+    def _prefill_budget(self, plan: StepPlan, drafting: Slots) -> int:
         """Tokens left for prompts: within the step's limit, and the time that streams may wait."""
-        budget = self.limits.max_step_tokens - plan.num_decodes
+        num_streams = plan.num_decodes + len(drafting)
+        budget = self.limits.max_step_tokens - num_streams
         if self.cost is None:
             return budget
-        plan.context_tokens = int(self._slots.computed @ self._slots.decodes)
+        table = self._slots
+        plan.context_tokens = int(table.computed @ table.decodes + table.computed[drafting].sum())
         target_s = self.limits.itl_target_s
-        if target_s is None or plan.num_decodes == 0:
+        if target_s is None or num_streams == 0:
             return budget
-        return min(budget, self.cost.budget(target_s, plan.num_decodes, plan.context_tokens))
+        return min(budget, self.cost.budget(target_s, num_streams, plan.context_tokens))
 
     def _plan_chunk(self, plan: StepPlan, request: Request, budget: int) -> int:
         """The next part of a prompt, as far as the budget goes; returns its length."""
@@ -351,6 +387,8 @@ class Scheduler:
         del self._prefilling[slot]
         if table.computed[slot] == table.end[slot]:
             self._drawing_last.setdefault(int(table.last_step[slot]), []).append(slot)
+        elif request.lookahead:
+            table.speculates[slot] = 1
         else:
             table.decodes[slot] = 1
             self._is_changed = True
@@ -422,8 +460,7 @@ class Scheduler:
             return
         slot = request.slot
         request.is_closing = True
-        request.num_computed = int(self._slots.computed[slot])
-        self._slots.decodes[slot] = 0
+        self._slots.decodes[slot] = self._slots.speculates[slot] = 0
         self._is_changed = True
         self._prefilling.pop(slot, None)
         last_step = self._last_step(slot)

@@ -40,6 +40,7 @@ class Scenario:
     sibling: float  # has the request before it for a leader
     stop: float
     failure: float
+    lookahead: float  # drafts its next tokens
     # Chances, by turn:
     arrival: float
     cancel: float
@@ -80,6 +81,7 @@ def draw_scenario(rng: Random, max_requests: int) -> Scenario:
         sibling=rng.choice([0.0, 0.3]),
         stop=rng.choice([0.0, 0.5]),
         failure=rng.choice([0.0, 0.2]),
+        lookahead=rng.choice([0.0, 0.0, 0.5, 1.0]),
         arrival=rng.choice([0.1, 0.5, 0.9]),
         cancel=rng.choice([0.0, 0.05, 0.3]),
         abandon=rng.choice([0.0, 0.0, 0.02]),
@@ -97,6 +99,7 @@ def draw_request(rng: Random, scenario: Scenario, request_id: int, now_s: float)
         seed=rng.randint(0, 1),
         stop_tokens=frozenset([0] if rng.random() < scenario.stop else []),
         fails_at=rng.randrange(max_tokens) if rng.random() < scenario.failure else None,
+        luck=rng.choice([0, 50, 90, 100]),
     )
     return Request(
         id=request_id,
@@ -110,6 +113,7 @@ def draw_request(rng: Random, scenario: Scenario, request_id: int, now_s: float)
         weight=rng.choice([1.0, 1.0, 3.0]),
         leader=request_id - 1 if rng.random() < scenario.sibling else None,
         read_cache=rng.random() < 0.9,
+        lookahead=rng.randint(1, 5) if rng.random() < scenario.lookahead else 0,
     )
 
 

@@ -81,6 +81,7 @@ class World:
             self.in_flight.append(result)
             self._say(
                 f"step {plan.step} launched: {plan.num_decodes} decodes,"
+                f" drafts {plan.drafts.tolist()},"
                 f" prefill {[(chunk.slot, chunk.start, chunk.length) for chunk in plan.prefill]},"
                 f" admitted {[request.id for request in plan.admitted]},"
                 f" copied {plan.block_copies},"
@@ -98,7 +99,7 @@ class World:
         shares, live = Shares.look(self.scheduler), dict(self.scheduler.requests)
         drawn = self.scheduler.apply(result, self.now_s)
         shares.judge_drawn(self.scheduler, live, drawn)
-        tokens = dict(zip(drawn.request_ids.tolist(), drawn.token_ids.tolist(), strict=True))
+        tokens = list(zip(drawn.request_ids.tolist(), drawn.token_ids.tolist(), strict=True))
         self._say(f"step {result.step} applied: tokens {tokens}")
         self.ledger.drawn(drawn)
         self._settle()

@@ -63,6 +63,7 @@ def test_the_worlds_are_as_rough_as_they_should_be():
         happened["abandoned"] += len(world.ledger.abandoned)
         happened["steps"] += sum("launched" in line for line in world.log)
         happened["copies"] += sum("copied [(" in line for line in world.log)
+        happened["drafted"] += sum("drafts [[" in line for line in world.log)
         happened["shed"] += world.scheduler.counters.shed
         happened[world.scenario.policy] += world.scheduler.counters.preemptions
     for what in [*Finish, "refused", "preempted", "abandoned"]:
@@ -71,5 +72,6 @@ def test_the_worlds_are_as_rough_as_they_should_be():
         assert happened[policy] >= 5, happened
     assert happened["shed"] >= 5, happened
     assert happened["copies"] >= 20, happened
+    assert happened["drafted"] >= 500, happened
     assert happened["hit tokens"] >= 1000, happened
     assert happened["steps"] >= 2000, happened
