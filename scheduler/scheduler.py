@@ -162,7 +162,8 @@ class Scheduler:
             assert did_end, "deadlines are those of live requests"
         while (request := self.policy.hopeless(now_s)) is not None:
             self.counters.shed += 1
-            self.finish(request.id, Finish.DEADLINE, now_s)
+            did_end = self.finish(request.id, Finish.DEADLINE, now_s)
+            assert did_end, "those that wait are live"
 
     def abandon(self, error: str, now_s: float = 0.0) -> None:
         """The launched steps are lost: end all that run, and trust no KV computed so far.
