@@ -158,6 +158,8 @@ class BlockTables:
     ) -> tuple[int, int] | None:
         """Of a leader that holds `hits` too: its next block, and the tokens that begin it alike."""
         theirs, count = self._slots.blocks(leader.slot), len(hits)
+        if self._slots.num_gone[leader.slot]:
+            return None  # the beginning is behind its window already
         if len(theirs) <= count or not np.array_equal(theirs[:count], hits):
             return None
         start = count * self._size
