@@ -15,10 +15,14 @@ from millrace.engine.runner.memory import room_for
 from millrace.engine.runner.sizes import sizes_for
 from millrace.engine.weights.checkpoint import Checkpoint, open_checkpoint
 from millrace.engine.weights.locate import ModelLocation
-from millrace.kernels.dispatch import operations
+from millrace.kernels.dispatch import Operations, operations
+from millrace.kernels.row_invariant_cpu import NotRowInvariant
 from millrace.scheduler.cost_model import CostModel
 from millrace.scheduler.policies import make_policy
 from millrace.scheduler.scheduler import Limits, Scheduler
+
+DETERMINISTIC = "attention_backend triton on CUDA; torch in float32 on a CPU"
+"""Where the setting can be had."""
 
 
 def build_core(
@@ -44,12 +48,15 @@ def core_of(
     model = model_config(checkpoint.config, checkpoint.generation_config)
     max_context = min(config.max_context or model.max_context, model.max_context)
     parts = (placement.operations, placement.dtype, placement.device, max_context, progress)
-    with room_for("the model", config, placement.device):
-        decoder = Decoder(model, checkpoint, *parts)
+    try:
+        with room_for("the model", config, placement.device):
+            decoder = Decoder(model, checkpoint, *parts)
+    except NotRowInvariant as error:
+        raise InvalidRequest(f"deterministic: {error}", "deterministic", DETERMINISTIC) from error
     sizes = sizes_for(config, placement.device)
     calls = decode_calls(placement, sizes.max_running, max_context, progress)
     built = Assembly(config, placement, decoder, max_context, sizes, calls).build()
-    limits = _limits(config, sizes.max_running, built, max_context)
+    limits = _limits(config, sizes.max_running, built, max_context, model.window)
     core = EngineCore(_build_scheduler(config, limits), built.runner, sizes.run_ahead)
     ready = Ready(
         model=config.served_name or name,
@@ -81,14 +88,31 @@ def resolve_placement(config: EngineConfig) -> Placement:
         chosen = operations(device, config.attention_backend)
     except (RuntimeError, ValueError) as error:
         raise InvalidRequest(f"device {name!r}: {error}", "device", "cpu, cuda, cuda:N") from error
-    return Placement(device, _dtype(config.dtype, device), chosen)
+    dtype = _dtype(config, device)
+    if config.deterministic:
+        chosen = _deterministic(config, device, dtype)
+    return Placement(device, dtype, chosen)
 
 
-def _dtype(name: str, device: torch.device) -> torch.dtype:
-    if name != "auto":
-        dtype: torch.dtype = getattr(torch, name)
+def _deterministic(config: EngineConfig, device: torch.device, dtype: torch.dtype) -> Operations:
+    """Operations whose rows have the same bits in any batch; InvalidRequest if there are none."""
+    try:
+        chosen = operations(device, config.attention_backend, deterministic=True)
+        if chosen.name == "torch" and dtype != torch.float32:
+            raise ValueError(f"deterministic: expected float32 on a CPU, got {config.dtype}")
+    except ValueError as error:
+        raise InvalidRequest(str(error), "deterministic", DETERMINISTIC) from error
+    return chosen
+
+
+def _dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
+    if config.dtype != "auto":
+        dtype: torch.dtype = getattr(torch, config.dtype)
         return dtype
-    return torch.bfloat16 if device.type == "cuda" or _cpu_has_bfloat16() else torch.float32
+    if device.type == "cuda":
+        return torch.bfloat16
+    narrow = _cpu_has_bfloat16() and not config.deterministic  # which a CPU is in float32 only
+    return torch.bfloat16 if narrow else torch.float32
 
 
 def _cpu_has_bfloat16() -> bool:
@@ -108,7 +132,9 @@ def _build_scheduler(config: EngineConfig, limits: Limits) -> Scheduler:
     return Scheduler(limits, policy, cost if asks_for_cost else None)
 
 
-def _limits(config: EngineConfig, max_running: int, built: Assembled, max_context: int) -> Limits:
+def _limits(
+    config: EngineConfig, max_running: int, built: Assembled, max_context: int, window: int | None
+) -> Limits:
     target_ms = config.itl_target_ms
     return Limits(
         num_blocks=built.num_blocks,
@@ -121,4 +147,5 @@ def _limits(config: EngineConfig, max_running: int, built: Assembled, max_contex
         max_wait_s=config.max_wait_s,
         itl_target_s=None if target_ms is None else target_ms / 1000,
         prefix_caching=config.prefix_caching,
+        window=window,
     )

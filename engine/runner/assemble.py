@@ -16,6 +16,7 @@ import torch
 from millrace.engine.config import EngineConfig
 from millrace.engine.models.decoder import Decoder, Progress
 from millrace.engine.models.forward_batch import KVCache
+from millrace.engine.runner.block_moves import BlockMoves
 from millrace.engine.runner.copies import Copies, copies_for
 from millrace.engine.runner.device_step import DeviceStep
 from millrace.engine.runner.graphs import (
@@ -93,7 +94,8 @@ class Assembly:
         if device.type == "cuda" and measured is None:
             with room_for("the largest step", self.config, device):  # and compiles its kernels
                 run_worst_case(step, self.copies(), step_tokens)
-        return Assembled(Runner(step, calls, self.copies()), num_blocks, step_tokens)
+        runner = Runner(step, calls, self.copies(), BlockMoves(step.kv.storage))
+        return Assembled(runner, num_blocks, step_tokens)
 
     def measure(self, probe: MemoryProbe, num_blocks: int = 1) -> tuple[int, int]:
         """Tokens of the largest step, and the bytes that the cache may take beside it.

@@ -17,6 +17,7 @@ import torch
 
 from millrace.engine.core.messages import NewRequest, TokenLogprobs
 from millrace.engine.errors import DeviceLost
+from millrace.engine.runner.block_moves import BlockMoves
 from millrace.engine.runner.changes import ChangePacker, Slots
 from millrace.engine.runner.copies import Arrival, Copies
 from millrace.engine.runner.device_step import DeviceStep, Score
@@ -63,8 +64,11 @@ class LaunchedStep:
 class Runner:
     """One model on one device, with its KV cache and the table of running requests."""
 
-    def __init__(self, step: DeviceStep, calls: DecodeCalls, copies: Copies) -> None:
+    def __init__(
+        self, step: DeviceStep, calls: DecodeCalls, copies: Copies, moves: BlockMoves
+    ) -> None:
         self._step = step
+        self._moves = moves
         self._calls = calls
         self._operations = step.operations
         self._copies = copies
@@ -84,6 +88,7 @@ class Runner:
     def execute(self, plan: StepPlan) -> LaunchedStep:
         """Launch one step; the plan's changes are applied even if computing then fails."""
         rows = self._tell(plan)
+        self._moves.run(plan, rows)
         self._length[self._decode_slots] += 1
         scored: Scored = {}
         if not plan.prefill:
@@ -132,6 +137,7 @@ class Runner:
             self._note_logprobs(request)
         packed = PackedArrays()
         self._packer.table_changes(plan, packed)
+        self._moves.pack(plan, packed)
         if plan.decode_leaves or plan.decode_joins:
             self._decodes[plan.decode_leaves] = False
             self._decodes[plan.decode_joins] = True

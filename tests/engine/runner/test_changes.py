@@ -99,6 +99,12 @@ def test_blocks_go_to_their_places_and_nowhere_else():
     assert table.block_table[SLOTS].eq(0).all()
 
 
+def test_a_plan_with_drafts_is_refused_and_names_their_slots():
+    plan = StepPlan(7, drafts=np.array([(3, 16, 2)], np.int32))
+    with pytest.raises(NotImplementedError, match=r"step 7 checks drafts in slots \[3\]"):
+        apply(table_of(50), plan)
+
+
 def test_rows_of_a_mixed_step_as_in_the_example():
     plan = StepPlan(1, prefill=[PrefillChunk(1, 16, 3, True), PrefillChunk(2, 0, 2, False)])
     views = apply(table_of(50), plan, decode_slots=np.array([4, 5]))
