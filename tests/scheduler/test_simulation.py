@@ -63,6 +63,7 @@ def test_the_worlds_are_as_rough_as_they_should_be():
         happened["abandoned"] += len(world.ledger.abandoned)
         happened["steps"] += sum("launched" in line for line in world.log)
         happened["copies"] += sum("copied [(" in line for line in world.log)
+        happened["swapped in"] += world.scheduler._tables.host.num_swapped_in
         happened["shed"] += world.scheduler.counters.shed
         happened[world.scenario.policy] += world.scheduler.counters.preemptions
     for what in [*Finish, "refused", "preempted", "abandoned"]:
