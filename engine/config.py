@@ -55,6 +55,9 @@ class EngineConfig:
     attention_backend: str = setting(
         "auto", "kernels to run: auto, torch, triton, xformers or reference"
     )
+    deterministic: bool = setting(
+        False, "the same logits to the bit whatever the batch, chunks and cache hits; costs speed"
+    )
     threads: int | None = setting(None, "CPU threads of the engine; default: physical cores")
     max_context: int | None = setting(None, "prompt and output; default: the model's", "tokens")
     max_running: int = setting(64, "requests in a batch at once")

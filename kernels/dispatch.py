@@ -6,6 +6,9 @@
     xformers    as triton, with attention by xformers; on CUDA only
     reference   the definitions: slow, for comparison
 
+Deterministic steps, where a row has the same bits in any batch: triton by its own matrix products
+alone, and torch on a CPU by `row_invariant_cpu.py`. The others choose by the number of rows.
+
 Everything above `kernels` calls through an `Operations` and never asks which device it is on.
 """
 
@@ -18,7 +21,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from millrace.kernels import activation, attention, attention_cpu, kv_append, matmul, norm
+from millrace.kernels import (
+    activation,
+    attention,
+    attention_cpu,
+    kv_append,
+    matmul,
+    norm,
+    row_invariant_cpu,
+)
 from millrace.kernels.logprobs import RawLogprobs, raw_logprobs_cpu, raw_logprobs_reference
 from millrace.kernels.processed_logprobs import (
     processed_logprobs_cpu,
@@ -30,6 +41,7 @@ from millrace.kernels.sampling_cpu import sample_cpu
 try:
     from millrace.kernels import (
         activation_triton,
+        append_attention_triton,
         attention_triton,
         fused_model,
         kv_append_triton,
@@ -57,6 +69,7 @@ class Operations:
     silu_mul: Callable[..., Tensor]  # activation.silu_mul
     gelu_tanh_mul: Callable[..., Tensor]  # activation.gelu_tanh_mul
     kv_append: Callable[..., Tensor]  # kv_append.kv_append
+    append_attention: Callable[..., Tensor] | None  # append_attention_reference, for decodes alone
     prepare_attention: Callable[..., Any]  # (batch, block_size, window) -> what the next one takes
     paged_attention: Callable[..., Tensor]  # (q, k_cache, v_cache, prepared, *, scale, ...)
     pack_linear: Callable[..., matmul.PackedLinear]  # matmul.pack_linear
@@ -78,6 +91,7 @@ REFERENCE = Operations(
     silu_mul=activation.silu_mul_reference,
     gelu_tanh_mul=activation.gelu_tanh_mul_reference,
     kv_append=kv_append.kv_append_reference,
+    append_attention=None,
     prepare_attention=attention.prepare_attention,
     paged_attention=attention.paged_attention_reference,
     pack_linear=matmul.pack_linear_reference,
@@ -107,6 +121,17 @@ TORCH_ON_CPU = replace(
     processed_logprobs=processed_logprobs_cpu,
 )
 
+ROW_INVARIANT_ON_CPU = replace(
+    TORCH_ON_CPU,
+    rms_norm=row_invariant_cpu.rms_norm,
+    add_rms_norm=row_invariant_cpu.add_rms_norm,
+    silu_mul=row_invariant_cpu.silu_mul,
+    kv_append=row_invariant_cpu.append,
+    prepare_attention=row_invariant_cpu.prepare_queries,
+    pack_linear=row_invariant_cpu.pack_row_invariant,
+    sample=row_invariant_cpu.sample,
+)
+
 
 def operations(
     device: torch.device, attention_backend: str = "auto", deterministic: bool = False
@@ -122,6 +147,13 @@ def operations(
     on_gpu = device.type == "cuda"
     if attention_backend == "auto":
         attention_backend = "triton" if on_gpu else "torch"
+    if deterministic and attention_backend == "torch" and not on_gpu:
+        return ROW_INVARIANT_ON_CPU
+    if deterministic and attention_backend != "triton":
+        raise ValueError(
+            f"deterministic: attention_backend {attention_backend} on {device.type} gives a row "
+            "other bits in another batch; expected triton on CUDA, or torch on a CPU"
+        )
     if attention_backend == "reference":
         return REFERENCE
     if attention_backend == "torch":
@@ -147,6 +179,7 @@ def _triton_operations(on_gpu: bool, deterministic: bool = False) -> Operations:
         silu_mul=activation_triton.silu_mul,
         gelu_tanh_mul=activation_triton.gelu_tanh_mul,
         kv_append=kv_append_triton.kv_append,
+        append_attention=append_attention_triton.append_attention,
         prepare_attention=attention.prepare_attention,
         paged_attention=attention_triton.paged_attention,
         pack_linear=matmul.pack_linear_reference,
@@ -170,6 +203,7 @@ def _xformers_operations(on_gpu: bool) -> Operations:
     return replace(
         _triton_operations(on_gpu),
         name="xformers",
+        append_attention=None,
         prepare_attention=attention_xformers.prepare_attention_xformers,
         paged_attention=attention_xformers.paged_attention_xformers,
     )

@@ -80,7 +80,7 @@ class Admission:
     def ended(self, now_s: float, waiting: int) -> None:
         """A request has left the system. Only while others wait does that show how fast it is."""
         if self._last_end_s is not None:
-            interval = min(now_s - self._last_end_s, MAX_RETRY_AFTER_S)
+            interval = min(max(0.0, now_s - self._last_end_s), MAX_RETRY_AFTER_S)
             weight = SMOOTHING if self._has_rate else 1.0
             self._interval_s += weight * (interval - self._interval_s)
             self._has_rate = True

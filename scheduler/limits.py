@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from millrace.scheduler.window import Window
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -19,12 +21,20 @@ class Limits:
     max_wait_s: float | None = None  # expected, of a new request
     itl_target_s: float | None = None  # how long a step may keep streams waiting
     prefix_caching: bool = True
+    window: int | None = None  # tokens that a position reads, of a model whose layers all have one
 
     @property
     def longest(self) -> int:
         """Tokens of prompt and output at most. The last one's KV is never computed."""
         held = self.num_blocks * self.block_size + 1
-        return held if self.max_context is None else min(held, self.max_context)
+        if self.max_context is None:
+            return held
+        return min(held, self.max_context) if self.sliding is None else self.max_context
+
+    @property
+    def sliding(self) -> Window | None:
+        """Which blocks go back while their request runs; None: none do."""
+        return Window.make(self.window, self.block_size, self.num_blocks, self.max_step_tokens)
 
 
 @dataclass(slots=True)

@@ -47,13 +47,18 @@ class StepPlan:
     one token more. Fewer drafts are right, too.
 
     A chunk may start behind shared blocks that another chunk of the same step fills. So in each
-    layer the KV of all the step's tokens is written before any of it is read.
+    layer the KV of all the step's tokens is written before any of it is read. Whole blocks are
+    moved before that, in the order of the fields. Of the copies all sources are read before any
+    destination is written, for one may be the other.
     """
 
     step: int
     released: list[int] = field(default_factory=list)  # slots whose request is gone
     admitted: list[Request] = field(default_factory=list)  # `prefill` says where they start
     block_appends: Rows = field(default_factory=lambda: NO_ROWS)  # [n, 3]: slot, index, block
+    swap_outs: list[tuple[int, int]] = field(default_factory=list)  # (block, host block)
+    block_copies: list[tuple[int, int]] = field(default_factory=list)  # (source, destination)
+    swap_ins: list[tuple[int, int]] = field(default_factory=list)  # (host block, block)
     prefill: list[PrefillChunk] = field(default_factory=list)
     decode_leaves: list[int] = field(default_factory=list)  # slots
     decode_joins: list[int] = field(default_factory=list)  # slots

@@ -6,6 +6,7 @@ State only: `scheduler.py` decides, `block_pool.py` owns the memory. The schedul
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -56,6 +57,8 @@ class Request:
     outputs: list[int] = field(default_factory=list)  # as of when it last left its slot
     slot: int = NO_SLOT
     num_computed: int = 0  # kept while it prefills; a decoding slot's count is the slot table's
+    # Of its chunks whose steps may not be applied yet: step and first position; oldest first.
+    launched: deque[tuple[int, int]] = field(default_factory=deque)
     is_queued: bool = False  # in the policy's queue (a follower of a leader is not, yet)
     is_closing: bool = False  # leaves its slot once the last launched step with it is applied
     cached_tokens: int = 0  # prompt tokens whose KV was reused at the first admission

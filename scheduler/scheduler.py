@@ -26,11 +26,12 @@ import numpy.typing as npt
 from millrace.scheduler import speculation
 from millrace.scheduler.admission import Accepted, Admission, Decision
 from millrace.scheduler.block_pool import BlockPool
+from millrace.scheduler.block_tables import BlockTables
 from millrace.scheduler.cost_model import CostModel
 from millrace.scheduler.limits import Counters, Limits
 from millrace.scheduler.plan import Drawn, PrefillChunk, Rows, StepPlan, StepResult
 from millrace.scheduler.policy import FirstComeFirstServed, Policy
-from millrace.scheduler.prefix_cache import BlockIds, Chain, PrefixCache
+from millrace.scheduler.prefix_cache import BlockIds, PrefixCache
 from millrace.scheduler.request import NO_SLOT, Finish, Request
 from millrace.scheduler.request_heap import RequestHeap
 from millrace.scheduler.slots import Slots, SlotTable
@@ -63,6 +64,7 @@ class Scheduler:
         self._deadlines = RequestHeap()
         self._num_arrived = 0
         self._slots = SlotTable(limits.max_running, limits.longest, limits.block_size)
+        self._tables = BlockTables(limits, self._slots, self.pool, self.cache)
         self._planned_decodes = self._slots.decodes.copy()  # of the newest step
         self._num_decodes = 0  # of them
         self._is_changed = False  # other slots decode next than in the newest step
@@ -145,7 +147,7 @@ class Scheduler:
         return request
 
     def blocks_of(self, request: Request) -> BlockIds:
-        """The block table of a request that owns a slot, as a view."""
+        """The blocks that a request in a slot holds, in order, as a view."""
         return self._slots.blocks(request.slot)
 
     def take_ended(self) -> list[Request]:
@@ -160,7 +162,8 @@ class Scheduler:
             assert did_end, "deadlines are those of live requests"
         while (request := self.policy.hopeless(now_s)) is not None:
             self.counters.shed += 1
-            self.finish(request.id, Finish.DEADLINE, now_s)
+            did_end = self.finish(request.id, Finish.DEADLINE, now_s)
+            assert did_end, "those that wait are live"
 
     def abandon(self, error: str, now_s: float = 0.0) -> None:
         """The launched steps are lost: end all that run, and trust no KV computed so far.
@@ -185,14 +188,18 @@ class Scheduler:
     def schedule(self, now_s: float = 0.0) -> StepPlan | None:
         """Plan the next step; None when no request can move."""
         plan = StepPlan(self._step + 1, released=self._released)
+        self._make_room()
         preemptions = self.counters.preemptions
         stalled = self._plan_decodes(plan)
         drafting = self._slots.drafting(stalled) if self._slots.num_lookahead else NO_SLOTS
         budget = self._prefill_budget(plan, drafting)
-        if self._prefilling:
-            for request in list(self._prefilling.values()):
-                budget -= self._plan_chunk(plan, request, budget)
-        if self.counters.preemptions == preemptions:  # admit nobody where memory has just run out
+        may_admit = self.counters.preemptions == preemptions  # not where memory has just run out
+        begun = self.policy.in_order(list(self._prefilling.values())) if self._prefilling else ()
+        if may_admit and self.policy.is_pressing():
+            budget = self._admit(plan, budget, now_s, only_pressing=True)
+        for request in begun:
+            budget -= self._plan_chunk(plan, request, budget)
+        if may_admit:
             budget = self._admit(plan, budget, now_s)
         if len(drafting):
             speculation.plan_drafts(self._slots, self.pool, plan, drafting, budget)
@@ -302,6 +309,10 @@ class Scheduler:
 
     def _grow(self, plan: StepPlan, crossing: Slots) -> list[int]:
         """A new block for each of these decoding slots; returns those that get none for now."""
+        if self._tables.window is not None:
+            for slot in crossing.tolist():
+                position = int(self._slots.computed[slot]) - self._in_flight(slot)
+                self._tables.slide(self.request_at(slot), position, self._applied)
         blocks = self.pool.take(len(crossing))
         if blocks is not None:
             plan.append_blocks(crossing, self._slots.add_blocks(crossing, blocks), blocks)
@@ -320,6 +331,8 @@ class Scheduler:
         while not self._extend(plan, slot):
             if self._coming_blocks > num_stalled:
                 return False  # enough is on its way back; preempting more would be in vain
+            if self._tables.window is not None and self._in_flight(slot):
+                return False  # so may be the end of what still reads a block of its own
             self._preempt(self.policy.victim(self._running()))
             if not self._slots.is_stream(slot):
                 return False  # it was the victim itself
@@ -332,6 +345,10 @@ class Scheduler:
         slots = np.array([slot])
         plan.append_blocks(slots, self._slots.add_blocks(slots, block), block)
         return True
+
+    def _in_flight(self, slot: int) -> int:
+        """Launched steps with a decoding slot, at most, whose results are not applied yet."""
+        return max(0, self._last_step(slot) - self._applied)
 
     def _prefill_budget(self, plan: StepPlan, drafting: Slots) -> int:
         """Tokens left for prompts: within the step's limit, and the time that streams may wait."""
@@ -349,15 +366,18 @@ class Scheduler:
     def _plan_chunk(self, plan: StepPlan, request: Request, budget: int) -> int:
         """The next part of a prompt, as far as the budget goes; returns its length."""
         missing = request.num_known - request.num_computed
-        length = min(budget, missing)
+        room = self._tables.room_ahead(plan, request, self._applied)
+        length = min(budget, missing, room)
         if length <= 0:
             return 0
+        if self._tables.window is not None:
+            request.launched.append((plan.step, request.num_computed))
         chunk = PrefillChunk(request.slot, request.num_computed, length, length == missing)
         plan.prefill.append(chunk)
         request.num_computed += length
         self._slots.computed[request.slot] = request.num_computed
         self._slots.last_step[request.slot] = plan.step
-        self._remember(request)
+        self._tables.wrote(plan.step, request, chunk.start)
         if chunk.samples:
             self._prefilled(request)
         return length
@@ -375,15 +395,30 @@ class Scheduler:
             self._is_changed = True
         self._free_followers(request)
 
-    def _admit(self, plan: StepPlan, budget: int, now_s: float) -> int:
+    def _make_room(self) -> None:
+        """Someone yields, one a step, where the policy will not let its head wait for the others.
+
+        Before anything is planned: so what it holds comes back at once, unless steps are in flight.
+        """
+        if self._closing or not self.policy.is_pressing():
+            return
+        head = self.policy.head()
+        assert head is not None, "who is pressing waits"
+        if not (self._slots.free and self._tables.fits(head)):
+            victim = self.policy.makes_room(self._running())
+            if victim is not None:
+                self._preempt(victim)
+
+    def _admit(self, plan: StepPlan, budget: int, now_s: float, only_pressing: bool = False) -> int:
         """Give slots and blocks to waiting requests, in the policy's order and never past it.
 
-        Returns what is left of the budget.
-
-        A prompt that has begun takes the budget until it ends. So whoever is admitted finds all
-        that the prompts before it had in common with it: they are computed, or in this very step.
+        A prompt that has begun takes the budget until it ends, or until one of another tenant is
+        pressing. So whoever is admitted finds all that its tenant's prompts before it had in common
+        with it: they are computed, or in this very step. Returns what is left of the budget.
         """
         while budget > 0 and self._slots.free and (request := self.policy.head()) is not None:
+            if only_pressing and not (self.policy.is_pressing() and self._may_overtake(request)):
+                break
             if not self._place(plan, request):
                 break
             self.policy.pop()
@@ -395,31 +430,22 @@ class Scheduler:
 
     def _place(self, plan: StepPlan, request: Request) -> bool:
         """Reserve a slot, and blocks for all known tokens; False: there aren't enough blocks."""
-        hits = self._cached_prefix(request)
-        need = self._blocks_for(request.num_known) - len(hits)
-        if self.pool.num_available - self.pool.num_idle(hits) < need:
+        leader = None if request.leader is None else self.requests.get(request.leader)
+        if leader is not None and leader.slot == NO_SLOT:
+            leader = None
+        if not self._tables.place(plan, request, leader):
             return False
-        self.pool.share(hits)  # before taking others, which may evict
-        fresh = self.pool.take(need)
-        assert fresh is not None, "blocks were counted before they were taken"
-        blocks = np.concatenate([hits, fresh])
-        request.num_computed = len(hits) * self.limits.block_size
-        chain = Chain(request.tenant, len(hits), is_closed=not self.limits.prefix_caching)
-        slot = self._slots.occupy(request, blocks, request.num_computed, chain)
         if request.num_preemptions == 0:
             request.cached_tokens = request.num_computed
             self.counters.prefix_query_tokens += len(request.prompt) if request.read_cache else 0
             self.counters.prefix_hit_tokens += request.cached_tokens
-        self._prefilling[slot] = request
+        self._prefilling[request.slot] = request
         plan.admitted.append(request)
-        plan.append_blocks(np.full(len(blocks), slot), np.arange(len(blocks)), blocks)
         return True
 
-    def _cached_prefix(self, request: Request) -> BlockIds:
-        """Cached blocks to begin with; at least one token is left to compute."""
-        if not (self.limits.prefix_caching and request.read_cache):
-            return np.empty(0, np.int32)
-        return self.cache.match(request.known_tokens()[:-1], request.tenant)
+    def _may_overtake(self, request: Request) -> bool:
+        """Whether none of the begun prompts is of its own tenant: from that it may share blocks."""
+        return all(begun.tenant != request.tenant for begun in self._prefilling.values())
 
     # ------------------------------------------------------------ leaving a slot
 
@@ -452,24 +478,19 @@ class Scheduler:
     def _release(self, request: Request) -> None:
         """Slot and blocks go back; full blocks stay cached. A preempted request waits again."""
         if request.finish is not Finish.ERROR:
-            self._remember(request)
+            self._tables.leave(request)
         if request.finish is None:
             self._keep_outputs(request)
-        self.pool.give_back(self.blocks_of(request))
+        self._tables.give_back(request)
         self.policy.left(request)
         self._released.append(request.slot)
         self._slots.vacate(request.slot)
         request.is_closing = False
         if request.finish is None:
             request.num_computed = 0
+            request.launched.clear()
             self._count_waiting(request, +1)
             self._enqueue(request)
-
-    def _remember(self, request: Request) -> None:
-        """Index its full blocks whose tokens are both known and computed."""
-        slot, table = request.slot, self._slots
-        valid = table.tokens(slot)[: table.computed[slot]]
-        self.cache.insert(valid, table.blocks(slot), table.chains[slot])
 
     def _keep_outputs(self, request: Request) -> None:
         request.outputs = self._slots.tokens(request.slot)[len(request.prompt) :].tolist()
@@ -492,6 +513,3 @@ class Scheduler:
 
     def _running(self) -> list[Request]:
         return [r for r in self._slots.requests if r is not None and not r.is_closing]
-
-    def _blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.limits.block_size)

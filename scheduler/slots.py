@@ -54,6 +54,7 @@ class SlotTable:
         self.computed = np.zeros(num_slots, np.int32)  # tokens whose KV is, or is being computed
         self.end = np.zeros(num_slots, np.int32)  # `computed` once the last token is drawn
         self.capacity = np.zeros(num_slots, np.int32)  # tokens that its blocks have room for
+        self.num_gone = np.zeros(num_slots, np.int32)  # blocks behind its window, given back
         self.last_step = np.full(num_slots, NEVER, np.int64)  # newest launched, but for decodes
         self.block_table = np.zeros((num_slots, row_length(max_blocks)), np.int32)  # [S, >= M]
         # Into the flattened block table: where a slot's row begins, and where its next block goes.
@@ -78,6 +79,7 @@ class SlotTable:
         self.computed[slot] = num_computed
         self.end[slot] = request.max_length - 1  # the last token's KV is never computed
         self.capacity[slot] = len(blocks) * self.block_size
+        self.num_gone[slot] = 0
         self.block_table[slot, : len(blocks)] = blocks
         self._next_block[slot] = self._first_block[slot] + len(blocks)
         first = self._first_token[slot]
@@ -148,9 +150,28 @@ class SlotTable:
         index: Slots = place - self._first_block[slots]
         return index
 
+    def extend(self, slot: int, blocks: BlockIds) -> Slots:
+        """More blocks for one slot; returns their indices in its table."""
+        first = self.end_block(slot)
+        end = first + len(blocks)
+        self.block_table[slot, first:end] = blocks
+        self._next_block[slot] += len(blocks)
+        self.capacity[slot] = end * self.block_size
+        return np.arange(first, end)
+
+    def drop_blocks(self, slot: int, end: int) -> BlockIds:
+        """Take the blocks before index `end` out of a slot's table; returns them."""
+        dropped = self.block_table[slot, self.num_gone[slot] : end].copy()
+        self.num_gone[slot] = end
+        return dropped
+
     def blocks(self, slot: int) -> BlockIds:
-        """The block table of a slot, as a view."""
-        return self.block_table[slot, : self.capacity[slot] // self.block_size]
+        """The blocks that a slot holds, in the order of its table, as a view."""
+        return self.block_table[slot, self.num_gone[slot] : self.end_block(slot)]
+
+    def end_block(self, slot: int) -> int:
+        """The index in its table at which a slot's next block goes."""
+        return int(self.capacity[slot]) // self.block_size
 
     def tokens(self, slot: int) -> npt.NDArray[np.int32]:
         """Prompt and output so far of a slot's request, as a view."""

@@ -4,9 +4,10 @@
 
 `PlainChain` launches a kernel for each operation: norm, product, activation. It is all that most
 backends have. `FusedChain` folds norms, activation and residual additions into the products
-(`kernels/matmul_fused.py`), which leaves six kernels a layer:
+(`kernels/matmul_fused.py`). With the append to the cache in the kernel of attention
+(`kernels/append_attention.py`) a decode step then has six kernels a layer:
 
-    qkv, with the norm in front of it      kv_append      attention (and the sum of its splits)
+    qkv, with the norm in front of it      append and attention      the merge of attention's splits
     o + residual      gate_up, with norm and silu * up      down + residual
 
 A decode step has little work in each kernel, and pays for every boundary between two. A prefill

@@ -71,14 +71,21 @@ class Decoder:
             for window in set(config.windows)
         }
 
+        only_decodes = batch.attention.num_decodes == len(batch.attention.slots)
+
         def attend(index: int, qkv: torch.Tensor) -> torch.Tensor:
             keys, values, layer = kv.keys[index], kv.values[index], self._layers[index]
-            q = ops.kv_append(
+            attention = prepared[config.windows[index]]
+            appended = (
                 *(qkv, batch.positions, batch.write_index, self._cos_sin, keys, values),
                 *(config.num_heads, layer.q_norm, layer.k_norm, config.rms_norm_eps),
-            )  # [T, H, D]
-            attention = prepared[config.windows[index]]
-            return ops.paged_attention(q, keys, values, attention, scale=self._scale).flatten(1)
+            )
+            if only_decodes and ops.append_attention is not None:
+                out = ops.append_attention(*appended, attention, scale=self._scale)
+            else:
+                q = ops.kv_append(*appended)
+                out = ops.paged_attention(q, keys, values, attention, scale=self._scale)
+            return out.flatten(1)  # [T, H D]
 
         embedded = torch.nn.functional.embedding(batch.token_ids, self._embedding)  # [T, E]
         if self._fused is not None and len(embedded) <= self._fused.rows:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from millrace.perf.sim.script import NO_PREFIX, Script, draw, extend, guess
+from millrace.scheduler.limits import Limits
 from millrace.scheduler.plan import StepPlan, StepResult
 from millrace.scheduler.request import Request
 
@@ -63,9 +64,9 @@ class Work:
 class FakeRunner:
     """Executes steps at once, in order; the world decides when the host hears of the results."""
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
-        self.block_size = block_size
-        self.kv = np.full(num_blocks * block_size, POISON, np.int64)
+    def __init__(self, limits: Limits) -> None:
+        self.block_size, self.window = limits.block_size, limits.window
+        self.kv = np.full(limits.num_blocks * limits.block_size, POISON, np.int64)
         self.slots: dict[int, Sequence] = {}
         self.decoding: set[int] = set()
         self.drafting: dict[int, set[int]] = {}  # slots, by step not landed
@@ -75,6 +76,7 @@ class FakeRunner:
         """Check the plan against the mirrored state, compute it, and draw the tokens."""
         self._change_slots(plan)
         self._change_decoding(plan)
+        self._copy_blocks(plan.block_copies)
         work = [Work(c.slot, c.start, c.length, c.samples) for c in plan.prefill]
         for slot in sorted(self.decoding):
             computed = self.slots[slot].computed
@@ -91,7 +93,7 @@ class FakeRunner:
         for item in work:
             self._read(item)
             sequence = self.slots[item.slot]
-            for block in sequence.table:
+            for block in sequence.table[self._first_read(item) // self.block_size :]:
                 readers.setdefault(block, set()).add(sequence.request.id)
         self._readers[plan.step] = readers
         self.drafting[plan.step] = set(plan.drafts[:, 0].tolist())
@@ -109,11 +111,11 @@ class FakeRunner:
         self.kv[:] = POISON
 
     def holds(self, tokens: list[int], blocks: list[int]) -> bool:
-        """Whether these blocks hold exactly the KV of these tokens' full blocks."""
+        """Whether these blocks hold exactly the KV of these tokens, as far as they go."""
         sequence = Sequence(None, [], [])  # type: ignore[arg-type]
         for token in tokens:
             sequence.append(token)
-        end = len(blocks) * self.block_size
+        end = min(len(tokens), len(blocks) * self.block_size)
         found: list[int] = self._at(blocks, end).tolist()
         return found == sequence.prefix[:end]
 
@@ -131,6 +133,13 @@ class FakeRunner:
             table = self.slots[slot].table
             assert index == len(table), f"slot {slot}: block {index} comes after {len(table)}"
             table.append(block)
+
+    def _copy_blocks(self, copies: list[tuple[int, int]]) -> None:
+        """All are read before any is written."""
+        blocks = self.kv.reshape(-1, self.block_size)
+        sources, destinations = [pair[0] for pair in copies], [pair[1] for pair in copies]
+        assert len(set(destinations)) == len(copies), f"a block is copied to twice: {copies}"
+        blocks[destinations] = blocks[sources]
 
     def _change_decoding(self, plan: StepPlan) -> None:
         leaves, joins = set(plan.decode_leaves), set(plan.decode_joins)
@@ -177,10 +186,20 @@ class FakeRunner:
 
     def _read(self, work: Work) -> None:
         sequence, end = self.slots[work.slot], work.start + work.length
-        found, wanted = self._at(sequence.table, end), sequence.prefix[:end]
+        first = self._first_read(work)
+        found, wanted = self._at(sequence.table, end)[first:], sequence.prefix[first:end]
         if found.tolist() != wanted:
-            wrong = np.flatnonzero(found != np.asarray(wanted)).tolist()
+            wrong = (np.flatnonzero(found != np.asarray(wanted)) + first).tolist()
             raise AssertionError(f"slot {work.slot} reads wrong KV at positions {wrong}")
+
+    def _first_read(self, work: Work) -> int:
+        """The first position that the first of these reads."""
+        return 0 if self.window is None else max(0, work.start - self.window + 1)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether steps are in flight."""
+        return bool(self._readers)
 
     def _at(self, table: list[int], end: int) -> np.ndarray:
         rows = self.kv.reshape(-1, self.block_size)[table]

@@ -1,5 +1,6 @@
 """Random tiny models of every family, saved as Hugging Face folders, beside transformers' own."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,6 +79,12 @@ def save_tiny_model(family: str, path: Path) -> TinyModel:
 def tiny_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
     """Every family in turn."""
     return save_tiny_model(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="session")
+def save_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TinyModel]:
+    """A factory of models by family."""
+    return lambda family: save_tiny_model(family, tmp_path_factory.mktemp(family))
 
 
 @pytest.fixture(scope="session")

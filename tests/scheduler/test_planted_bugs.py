@@ -17,6 +17,7 @@ import pytest
 from millrace.perf.sim.world import simulate
 from millrace.scheduler import speculation
 from millrace.scheduler.block_pool import BlockPool
+from millrace.scheduler.block_tables import BlockTables
 from millrace.scheduler.deadline_first import EarliestDeadlineFirst
 from millrace.scheduler.fair_share import FairShare
 from millrace.scheduler.policy import FirstComeFirstServed, Ordered
@@ -25,6 +26,7 @@ from millrace.scheduler.priority import PriorityWithAging
 from millrace.scheduler.request_heap import RequestHeap
 from millrace.scheduler.scheduler import Scheduler
 from millrace.scheduler.slots import SlotTable
+from millrace.scheduler.window import Window
 
 MAX_SEEDS = 300  # as many as an ordinary run of the simulation goes through
 
@@ -45,15 +47,15 @@ BUGS = {
         Scheduler, "_leave_slot", {"if last_step > self._applied:": "if False:"}
     ),
     "hits are shared after other blocks were taken, which evicts them": Bug(
-        Scheduler,
-        "_place",
+        BlockTables,
+        "place",
         {
-            "self.pool.share(hits)": "pass",
-            "assert fresh is": "self.pool.share(hits)\n    assert fresh is",
+            "self._pool.share(hits)": "pass",
+            "assert fresh is": "self._pool.share(hits)\n    assert fresh is",
         },
     ),
     "hits that are idle are counted as blocks to be had": Bug(
-        Scheduler, "_place", {" - self.pool.num_idle(hits)": ""}
+        BlockTables, "place", {" - self._pool.num_idle(hits)": ""}
     ),
     "blocks are given back head first": Bug(
         BlockPool,
@@ -67,10 +69,10 @@ BUGS = {
     ),
     # Prefix cache
     "a prompt that is cached whole leaves nothing to compute": Bug(
-        Scheduler, "_cached_prefix", {"known_tokens()[:-1]": "known_tokens()"}
+        BlockTables, "_cached_prefix", {"request.num_known - 1": "request.num_known"}
     ),
     "blocks not computed yet are cached": Bug(
-        Scheduler, "_remember", {"[: table.computed[slot]]": ""}
+        BlockTables, "index", {"int(table.computed[slot]), self": "9999, self"}
     ),
     "a chain goes on behind another's block": Bug(
         PrefixCache,
@@ -81,20 +83,54 @@ BUGS = {
         PrefixCache, "match", {"node = blocks[-1]": "pass"}
     ),
     "a prompt is computed by two requests at once": Bug(
-        Scheduler, "_plan_chunk", {"self._remember(request)": "pass"}
+        Scheduler, "_plan_chunk", {"self._tables.wrote(plan.step, request, chunk.start)": "pass"}
     ),
     "KV of lost steps is trusted": Bug(Scheduler, "abandon", {"self.pool.flush()": "pass"}),
     "tokens computed again count as hits": Bug(
         Scheduler, "_place", {"if request.num_preemptions == 0:": "if True:"}
     ),
     "a leap outlives the block that it leads to": Bug(
-        PrefixCache, "evict", {"del self._leaps[leap_from]": "pass"}
+        PrefixCache, "_forget", {"del self._leaps[leap_from]": "pass"}
     ),
     "leaps are not told apart": Bug(
         PrefixCache, "match", {"leap is not None and data.startswith(leap[0], start)": "leap"}
     ),
     "a tenant's prefixes are kept under another's name": Bug(
-        Scheduler, "_place", {"Chain(request.tenant,": 'Chain("a",'}
+        BlockTables, "place", {"Chain(request.tenant,": 'Chain("a",'}
+    ),
+    # Copies
+    "a block is copied that the same step computes": Bug(
+        BlockTables, "_to_copy", {"self._written[pair[0]] < step": "True"}
+    ),
+    "a copy is trusted for a token more than there is": Bug(
+        BlockTables, "_to_copy", {"return (source, saved)": "return (source, saved + 1)"}
+    ),
+    "a token that was drawn last is taken for computed": Bug(
+        BlockTables, "leave", {"[: request.num_computed]": ""}
+    ),
+    "a tail that is replaced is lost": Bug(
+        BlockPool, "keep_tail", {"displaced is not None": "False"}
+    ),
+    "a tail is copied whatever comes before it": Bug(
+        PrefixCache, "partial", {"int(blocks[-1]) if len(blocks) else salt": "salt"}
+    ),
+    "an evicted tail can still be found": Bug(
+        PrefixCache, "_forget", {"del self._tails[key[0]]": "pass"}
+    ),
+    # Windows
+    "a block goes back while the window still holds its last position": Bug(
+        Window, "first_needed", {"- self.tokens + 1": "- self.tokens + 2"}
+    ),
+    "blocks go back that a chunk in flight reads": Bug(
+        BlockTables, "slide", {"launched[0][1] if launched else position": "position"}
+    ),
+    "the beginning of a chain goes back before its end": Bug(
+        BlockTables, "slide", {" and end >= chain.num_blocks": ""}
+    ),
+    "a window's blocks are indexed however far they are": Bug(
+        BlockTables,
+        "index",
+        {"min(request.num_computed, self._indexed_tokens)": "request.num_computed"},
     ),
     # Preemption
     "a preempted request forgets what it said": Bug(
