@@ -54,7 +54,9 @@ def core_of(
     calls = decode_calls(placement.device, config.max_running, max_context, progress)
     assembly = Assembly(config, placement, decoder, max_context, run_ahead, calls)
     runner, num_blocks = assembly.build()
-    core = EngineCore(_build_scheduler(config, num_blocks, max_context), runner, run_ahead)
+    core = EngineCore(
+        _build_scheduler(config, num_blocks, max_context, model.window), runner, run_ahead
+    )
     ready = Ready(
         model=config.served_name or name,
         architecture=model.architecture,
@@ -124,7 +126,9 @@ def _cpu_has_bfloat16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def _build_scheduler(config: EngineConfig, num_blocks: int, max_context: int) -> Scheduler:
+def _build_scheduler(
+    config: EngineConfig, num_blocks: int, max_context: int, window: int | None
+) -> Scheduler:
     cost = CostModel()
     policy = make_policy(
         config.policy,
@@ -133,11 +137,11 @@ def _build_scheduler(config: EngineConfig, num_blocks: int, max_context: int) ->
         first_token_s=lambda request: cost.prefill_s(request.num_known),
     )
     asks_for_cost = config.itl_target_ms is not None or config.policy == "deadline"
-    limits = _limits(config, num_blocks, max_context)
+    limits = _limits(config, num_blocks, max_context, window)
     return Scheduler(limits, policy, cost if asks_for_cost else None)
 
 
-def _limits(config: EngineConfig, num_blocks: int, max_context: int) -> Limits:
+def _limits(config: EngineConfig, num_blocks: int, max_context: int, window: int | None) -> Limits:
     target_ms = config.itl_target_ms
     return Limits(
         num_blocks=num_blocks,
@@ -150,4 +154,5 @@ def _limits(config: EngineConfig, num_blocks: int, max_context: int) -> Limits:
         max_wait_s=config.max_wait_s,
         itl_target_s=None if target_ms is None else target_ms / 1000,
         prefix_caching=config.prefix_caching,
+        window=window,
     )

@@ -16,6 +16,7 @@ import torch
 from millrace.engine.config import EngineConfig
 from millrace.engine.models.decoder import Decoder, Progress
 from millrace.engine.models.forward_batch import KVCache
+from millrace.engine.runner.block_moves import BlockMoves
 from millrace.engine.runner.copies import Copies, copies_for
 from millrace.engine.runner.device_step import DeviceStep
 from millrace.engine.runner.graphs import (
@@ -81,7 +82,7 @@ class Assembly:
         if device.type == "cuda" and measured is None:
             with room_for("the largest step", self.config, device):  # and compiles its kernels
                 run_worst_case(step, self.copies(), self.config.max_step_tokens)
-        return Runner(step, calls, self.copies()), num_blocks
+        return Runner(step, calls, self.copies(), BlockMoves(step.kv.storage)), num_blocks
 
     def measure(self, probe: MemoryProbe, num_blocks: int = 1) -> int:
         """Bytes that the cache may take, by a trial runner with a cache of so many blocks."""

@@ -49,11 +49,18 @@ class ChangePacker:
         self._values = SlotSampling.zeros(1, vocab_size)  # one request's, checked and laid out
 
     def table_changes(self, plan: StepPlan, packed: PackedArrays) -> None:
-        """Admissions and new blocks."""
-        if plan.block_appends:
-            rows = np.array(plan.block_appends, np.int64)  # [n, 3]: slot, index, block
-            packed.add("block_places", rows[:, 0] * self._row_blocks + rows[:, 1])
-            packed.add("blocks", rows[:, 2].astype(np.int32))
+        """Admissions and new blocks.
+
+        Raises:
+            NotImplementedError: the plan has drafts: this runner draws one token a slot.
+        """
+        if len(plan.drafts):
+            slots = plan.drafts[:, 0].tolist()
+            raise NotImplementedError(f"step {plan.step} checks drafts in slots {slots}")
+        if len(plan.block_appends):
+            slots, indices, blocks = plan.block_appends.T
+            packed.add("block_places", slots.astype(np.int64) * self._row_blocks + indices)
+            packed.add("blocks", blocks)
         if plan.admitted:
             self._admissions(plan, packed)
 

@@ -39,7 +39,7 @@ class DeviceStep:
         self.model = model
         self.table = table
         self.operations = operations
-        self._kv = kv
+        self.kv = kv
         self.num_blocks, self._block_size = kv.keys[0].shape[:2]
         max_rows = table.drawn.shape[1]
         self._query_start = torch.arange(
@@ -105,7 +105,7 @@ class DeviceStep:
 
     def addresses(self) -> list[int]:
         """Where every tensor lies that a decode step uses, but for weights and what it makes."""
-        cache = [tensor.data_ptr() for tensor in (*self._kv.keys, *self._kv.values)]
+        cache = [tensor.data_ptr() for tensor in (*self.kv.keys, *self.kv.values)]
         return [*self.table.addresses(), self._query_start.data_ptr(), *cache]
 
     def _forward(
@@ -120,7 +120,7 @@ class DeviceStep:
             write_index=blocks * self._block_size + positions % self._block_size,
             attention=attention,
         )
-        return self.model.forward(batch, self._kv)
+        return self.model.forward(batch, self.kv)
 
     def _draw(
         self,

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 
 from millrace.engine.core.messages import NewRequest, TokenLogprobs
+from millrace.engine.errors import DeviceLost
+from millrace.engine.runner.block_moves import BlockMoves
 from millrace.engine.runner.changes import ChangePacker, Slots
 from millrace.engine.runner.copies import Arrival, Copies
 from millrace.engine.runner.device_step import DeviceStep, Score
@@ -62,8 +64,11 @@ class LaunchedStep:
 class Runner:
     """One model on one device, with its KV cache and the table of running requests."""
 
-    def __init__(self, step: DeviceStep, calls: DecodeCalls, copies: Copies) -> None:
+    def __init__(
+        self, step: DeviceStep, calls: DecodeCalls, copies: Copies, moves: BlockMoves
+    ) -> None:
         self._step = step
+        self._moves = moves
         self._calls = calls
         self._operations = step.operations
         self._copies = copies
@@ -83,6 +88,7 @@ class Runner:
     def execute(self, plan: StepPlan) -> LaunchedStep:
         """Launch one step; the plan's changes are applied even if computing then fails."""
         rows = self._tell(plan)
+        self._moves.run(plan, rows)
         self._length[self._decode_slots] += 1
         scored: Scored = {}
         if not plan.prefill:
@@ -102,10 +108,22 @@ class Runner:
                 launched.prompts[chunk.slot] = (chunk.start + 1, prompt)
         return launched
 
-    def forget_decodes(self) -> None:
-        """No slot decodes any more: the scheduler has abandoned the launched steps."""
+    def recover(self) -> None:
+        """A step failed, and the scheduler has ended all that ran: no slot means anything now.
+
+        What is left in the table is overwritten when a request comes to its slot. A kernel that
+        faults takes the whole CUDA context with it: then the device answers this process never
+        again, and DeviceLost is raised.
+        """
         self._decodes[:] = False
         self._decode_slots = np.zeros(0, np.int64)
+        self._num_top.clear()
+        self._processed.clear()
+        self._prompt_top.clear()
+        try:
+            self._copies.settle()
+        except Exception as error:
+            raise DeviceLost(f"the device is lost to this process: {error}") from error
 
     # ------------------------------------------------------------ what the device must be told
 
@@ -119,6 +137,7 @@ class Runner:
             self._note_logprobs(request)
         packed = PackedArrays()
         self._packer.table_changes(plan, packed)
+        self._moves.pack(plan, packed)
         if plan.decode_leaves or plan.decode_joins:
             self._decodes[plan.decode_leaves] = False
             self._decodes[plan.decode_joins] = True
