@@ -94,7 +94,7 @@ def resolve_placement(config: EngineConfig) -> Placement:
 
 
 def _deterministic(config: EngineConfig, device: torch.device, dtype: torch.dtype) -> Operations:
-    """Operations whose rows have the same bits in any batch; InvalidRequest where there are none."""
+    """Operations with the same bits for a row in any batch; InvalidRequest where there are none."""
     try:
         chosen = operations(device, config.attention_backend, deterministic=True)
         if chosen.name == "torch" and dtype != torch.float32:
