@@ -8,6 +8,7 @@ A row goes on where its slot stands: position p = computed[slot] is computed fro
 the drawn token is written to tokens[slot, p + 1], and computed moves to p + 1. A slot that has
 ended (it drew a stop token, or none could be drawn) stays where it is: it computes the same
 position into the same place again. So steps that were launched before the host knew do no harm.
+Rows that pad a batch belong to the scratch slot, and write nothing to the cache.
 
 R rows, T tokens, N rows that draw, V vocabulary, P tokens per block.
 """
@@ -28,6 +29,9 @@ from millrace.kernels.sampling import SampledTokens
 
 Score = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, SampledTokens], None]
 """(logits [N, V], slots [N], positions [N], the tokens drawn), called before these are recorded."""
+
+
+PADDING = -1  # in place of a row of the cache: kernels/kv_append.py writes none
 
 
 class DeviceStep:
@@ -114,10 +118,11 @@ class DeviceStep:
         """Hidden states [T, E] of the tokens at `positions` of `slots`, both [T]."""
         table = self.table
         blocks = table.block_table[slots, positions // self._block_size].long()
+        rows = blocks * self._block_size + positions % self._block_size
         batch = ForwardBatch(
             token_ids=table.tokens[slots, positions],
             positions=positions,
-            write_index=blocks * self._block_size + positions % self._block_size,
+            write_index=torch.where(slots == table.scratch_slot, PADDING, rows),
             attention=attention,
         )
         return self.model.forward(batch, self.kv)
