@@ -54,7 +54,7 @@ def core_of(
     calls = decode_calls(placement.device, config.max_running, max_context, progress)
     assembly = Assembly(config, placement, decoder, max_context, run_ahead, calls)
     runner, num_blocks = assembly.build()
-    core = EngineCore(_build_scheduler(config, num_blocks, max_context), runner, run_ahead)
+    core = EngineCore(build_scheduler(config, num_blocks, max_context), runner, run_ahead)
     ready = Ready(
         model=config.served_name or name,
         architecture=model.architecture,
@@ -107,7 +107,8 @@ def _cpu_has_bfloat16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def _build_scheduler(config: EngineConfig, num_blocks: int, max_context: int) -> Scheduler:
+def build_scheduler(config: EngineConfig, num_blocks: int, max_context: int) -> Scheduler:
+    """The scheduler of a server with these settings."""
     cost = CostModel()
     policy = make_policy(
         config.policy,
