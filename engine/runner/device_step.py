@@ -25,7 +25,6 @@ from millrace.engine.runner.request_table import RequestTable, Views
 from millrace.kernels.attention import AttentionBatch
 from millrace.kernels.dispatch import Operations
 
-
 PADDING = -1  # in place of a row of the cache: kernels/kv_append.py writes none
 
 

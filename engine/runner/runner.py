@@ -119,7 +119,6 @@ class Runner:
         self._decodes[:] = False
         self._decode_slots = np.zeros(0, np.int64)
         self._num_top.clear()
-        self._processed.clear()
         self._prompt_top.clear()
         try:
             self._copies.settle()
