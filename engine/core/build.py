@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from millrace.engine.config import EngineConfig
@@ -10,9 +12,9 @@ from millrace.engine.core.messages import Ready
 from millrace.engine.errors import InvalidRequest
 from millrace.engine.models.decoder import Decoder, Progress
 from millrace.engine.models.registry import model_config
-from millrace.engine.runner.assemble import Assembled, Assembly, Placement, decode_calls
+from millrace.engine.runner.assemble import Assembly, Placement, decode_calls
 from millrace.engine.runner.memory import room_for
-from millrace.engine.runner.sizes import sizes_for
+from millrace.engine.runner.sizes import Sizes, sizes_for
 from millrace.engine.weights.checkpoint import Checkpoint, open_checkpoint
 from millrace.engine.weights.locate import ModelLocation
 from millrace.kernels.dispatch import Operations, operations
@@ -56,8 +58,9 @@ def core_of(
     sizes = sizes_for(config, placement.device)
     calls = decode_calls(placement, sizes.max_running, max_context, progress)
     built = Assembly(config, placement, decoder, max_context, sizes, calls).build()
-    limits = _limits(config, sizes.max_running, built, max_context, model.window)
-    core = EngineCore(_build_scheduler(config, limits), built.runner, sizes.run_ahead)
+    sizes = replace(sizes, max_step_tokens=built.max_step_tokens)
+    limits = limits_of(config, sizes, built.num_blocks, max_context, model.window)
+    core = EngineCore(build_scheduler(config, limits), built.runner, sizes.run_ahead)
     ready = Ready(
         model=config.served_name or name,
         architecture=model.architecture,
@@ -120,7 +123,8 @@ def _cpu_has_bfloat16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def _build_scheduler(config: EngineConfig, limits: Limits) -> Scheduler:
+def build_scheduler(config: EngineConfig, limits: Limits) -> Scheduler:
+    """The scheduler of a server with these settings."""
     cost = CostModel()
     policy = make_policy(
         config.policy,
@@ -132,15 +136,20 @@ def _build_scheduler(config: EngineConfig, limits: Limits) -> Scheduler:
     return Scheduler(limits, policy, cost if asks_for_cost else None)
 
 
-def _limits(
-    config: EngineConfig, max_running: int, built: Assembled, max_context: int, window: int | None
+def limits_of(
+    config: EngineConfig,
+    sizes: Sizes,
+    num_blocks: int,
+    max_context: int,
+    window: int | None = None,
 ) -> Limits:
+    """What the scheduler of a server with these settings may hand out."""
     target_ms = config.itl_target_ms
     return Limits(
-        num_blocks=built.num_blocks,
+        num_blocks=num_blocks,
         block_size=config.block_size,
-        max_running=max_running,
-        max_step_tokens=built.max_step_tokens,
+        max_running=sizes.max_running,
+        max_step_tokens=sizes.max_step_tokens,
         max_waiting=config.max_waiting,
         max_waiting_tokens=config.max_waiting_tokens,
         max_context=max_context,
