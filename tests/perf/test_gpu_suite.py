@@ -273,6 +273,14 @@ def test_a_failed_test_is_a_failed_row_with_its_reason(checkout):
     assert rows[2]["status"] == "reason" and "assert 1 == 2" in rows[2]["note"]
 
 
+@pytest.mark.parametrize("package", ["transformers", "nowhere_to_be_found"])
+def test_the_runner_s_tests_run_where_their_models_can_be_made(monkeypatch, package):
+    found = {"transformers": package == "transformers"}
+    monkeypatch.setattr(correctness, "find_spec", lambda name: found.get(name))
+    assert (correctness.RUNNER_TESTS in correctness._command()) == found["transformers"]
+    assert (ROOT / correctness.RUNNER_TESTS).is_file()
+
+
 def test_no_test_at_all_is_a_failure_on_a_gpu_and_a_skip_in_a_dry_run(checkout):
     checkout("")
     with pytest.raises(RuntimeError, match="no test ran"):
