@@ -70,7 +70,8 @@ def pack_row_invariant(weight: Tensor, bias: Tensor | None = None) -> RowInvaria
     packed = pack_linear(weight, bias)
     n, k = weight.shape
     sizes = agreeing_sizes(n, k, bias is not None, torch.get_num_threads())
-    return RowInvariantLinear(*(getattr(packed, f.name) for f in fields(packed)), sizes)
+    own = {field.name: getattr(packed, field.name) for field in fields(packed)}
+    return RowInvariantLinear(**own, row_sizes=sizes)
 
 
 @cache

@@ -111,6 +111,12 @@ class CostModel:
             return MIN_CHUNK
         return int(min(MAX_BUDGET, max(MIN_CHUNK, 1000 * left_s / a_token)))
 
+    def prompt_s(self, tokens: int) -> float:
+        """What so many prefill tokens add to steps that are run anyway; 0 before that is known."""
+        if self._num_measured < len(SCALES):
+            return 0.0
+        return max(0.0, float(self._costs[1] * SCALES[1] * tokens))
+
     def prefill_s(self, tokens: int) -> float:
         """Seconds to compute a prompt alone, whatever the chunks: a bound from below."""
         return self.predict_s(StepLoad(tokens, 0, 0)) if self._num_measured >= COLD else 0.0
