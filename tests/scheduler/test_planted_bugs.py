@@ -19,6 +19,7 @@ from millrace.scheduler import speculation
 from millrace.scheduler.block_pool import BlockPool
 from millrace.scheduler.block_tables import BlockTables
 from millrace.scheduler.deadline_first import EarliestDeadlineFirst
+from millrace.scheduler.decode_set import DecodeSet
 from millrace.scheduler.fair_share import FairShare
 from millrace.scheduler.policy import FirstComeFirstServed, Ordered
 from millrace.scheduler.prefix_cache import PrefixCache
@@ -182,7 +183,7 @@ BUGS = {
         SlotTable, "occupy", {"= request.max_length - 1": "= request.max_length"}
     ),
     "an ended request stays in the decoding set": Bug(
-        Scheduler, "schedule", {"self._planned_decodes[plan.decode_leaves] = 0": "pass"}
+        DecodeSet, "commit", {"self._told[plan.decode_leaves] = 0": "pass"}
     ),
     "a cancelled leader leaves its followers behind": Bug(
         Scheduler, "finish", {"self._free_followers(request)": "pass"}
