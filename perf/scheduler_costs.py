@@ -56,7 +56,7 @@ def steady_step(make: MakeDriver, running: int, waiting: int = 0) -> float:
     driver = decoding(make, running, running, running * (PROMPT + OUTPUT + BLOCK_SIZE))
     for index in range(waiting):
         driver.submit(prompt_of(64, seed=index), 16)
-    return _us(min, _windows(driver.step))
+    return _us(_windows(driver.step))
 
 
 def _windows(step: Callable[[], int]) -> Iterable[float]:
@@ -79,7 +79,7 @@ def prompt_comes(make: MakeDriver, length: int) -> float:
     for index in range(1 + repeats):
         samples.append(driver.submit(prompt_of(length, seed=index), 2) + driver.step())
         driver.step()
-    return _us(min, samples[1:])
+    return _us(samples[1:])
 
 
 def comes_or_goes(make: MakeDriver, does_come: bool) -> float:
@@ -92,7 +92,7 @@ def comes_or_goes(make: MakeDriver, does_come: bool) -> float:
         submitted = driver.submit(prompt_of(length, seed=10_000 + index), 2)
         come.append(submitted + driver.step())
         go.append(driver.step())  # draws its second and last token
-    return _us(min, come if does_come else go) - _us(min, plain)
+    return _us(come if does_come else go) - _us(plain)
 
 
 def cancel_waiting(make: MakeDriver, waiting: int) -> float:
@@ -101,10 +101,10 @@ def cancel_waiting(make: MakeDriver, waiting: int) -> float:
     for index in range(waiting):
         driver.submit(prompt_of(16, seed=index), 16)
     order = np.random.default_rng(0).permutation(waiting)[: waiting // 4] + 1
-    return _us(median, driver.cancel(number) for number in order.tolist())
+    return _us((driver.cancel(number) for number in order.tolist()), median)
 
 
-def _us(of_all: Callable[[Iterable[float]], float], samples_ns: Iterable[float]) -> float:
+def _us(samples_ns: Iterable[float], of_all: Callable[[Iterable[float]], float] = min) -> float:
     """Garbage is collected before, not meanwhile."""
     gc.collect()
     gc.disable()
@@ -121,7 +121,7 @@ def index_long_prompt(_: MakeDriver) -> float:
     """The prefix cache takes in 6250 blocks of one prompt."""
     prompt, table = prompt_of(LONG_PROMPT, 1), np.arange(LONG_PROMPT // BLOCK_SIZE, dtype=np.int32)
     caches = [PrefixCache(BLOCK_SIZE, len(table)) for _ in range(REPEATS)]
-    return _us(min, timed(partial(cache.insert, prompt, table, Chain()))[1] for cache in caches)
+    return _us(timed(partial(cache.insert, prompt, table, Chain()))[1] for cache in caches)
 
 
 def look_up_long_prompt(_: MakeDriver) -> float:
@@ -129,7 +129,7 @@ def look_up_long_prompt(_: MakeDriver) -> float:
     prompt, table = prompt_of(LONG_PROMPT, 1), np.arange(LONG_PROMPT // BLOCK_SIZE, dtype=np.int32)
     cache = PrefixCache(BLOCK_SIZE, len(table))
     cache.insert(prompt, table, Chain())
-    return _us(min, timed(partial(cache.match, prompt))[1] for _ in range(REPEATS))
+    return _us(timed(partial(cache.match, prompt))[1] for _ in range(REPEATS))
 
 
 def yardstick(_: MakeDriver) -> float:
@@ -140,4 +140,4 @@ def yardstick(_: MakeDriver) -> float:
         for number in range(LONG_PROMPT // BLOCK_SIZE):
             found.setdefault((number, number.to_bytes(4 * BLOCK_SIZE)), number)
 
-    return _us(min, timed(insert)[1] for _ in range(REPEATS))
+    return _us(timed(insert)[1] for _ in range(REPEATS))
