@@ -168,8 +168,14 @@ def prepare_queries(
     return attention_cpu.prepare_attention_cpu(by_query, block_size, window)
 
 
-def sample(logits: Tensor, slots: Tensor, positions: Tensor, params: SlotSampling) -> SampledTokens:
-    """As `sample_cpu`, a row at a time."""
+def sample(
+    logits: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    params: SlotSampling,
+    scored: bool = False,
+) -> SampledTokens:
+    """As `sample_cpu`, a row at a time. It leaves no notes for the logprobs, `scored` or not."""
     drawn = [
         sample_cpu(logits[i : i + 1], slots[i : i + 1], positions[i : i + 1], params)
         for i in range(len(slots))

@@ -23,7 +23,7 @@ pytestmark = [
 
 def tokens_of(world):
     """Of three requests over a cache of NaN: what is read before it was written shows."""
-    kv = world.core._runner._step._kv
+    kv = world.core._runner._step.kv
     for cache in (*kv.keys, *kv.values):
         cache.fill_(torch.nan)
     for index in range(3):
@@ -39,7 +39,7 @@ def test_triton_kernels_draw_the_tokens_of_torch(make_runner_world):
     world = make_runner_world(max_running=4, attention_backend="triton", **padded)
     assert tokens_of(world) == expected
     rows = [
-        cache.isfinite().all(dim=(2, 3)).sum().item() for cache in world.core._runner._step._kv.keys
+        cache.isfinite().all(dim=(2, 3)).sum().item() for cache in world.core._runner._step.kv.keys
     ]
     assert rows == [sum(18 - i + 3 for i in range(3))] * len(rows), "padding writes no row"
 

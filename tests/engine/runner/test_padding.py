@@ -13,7 +13,7 @@ PROMPT, OUTPUT = list(range(20, 34)), 9  # into a second block
 
 
 def caches(world):
-    kv = world.core._runner._step._kv
+    kv = world.core._runner._step.kv
     return [*kv.keys, *kv.values]
 
 
