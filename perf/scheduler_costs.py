@@ -25,11 +25,11 @@ from millrace.perf.scheduler_driver import (
 from millrace.scheduler.prefix_cache import Chain, PrefixCache
 
 PROMPT = 512  # tokens of those that decode; less one a request, so that they cross at all steps
-OUTPUT = 500
+OUTPUT = 1200
 CONTEXT = 4096
 STEP_TOKENS = 16_384
 LONG_PROMPT = 100_000
-WINDOWS, LEAST_WINDOWS = 20, 3
+WINDOWS, LEAST_WINDOWS = 60, 3
 WINDOW = 16  # steps: every slot begins a block once, and what is put off is done once
 SECONDS = 4.0  # after which no window begins
 REPEATS = 24
