@@ -101,7 +101,7 @@ def _check_closing(scheduler: Scheduler) -> None:
     for step, requests in scheduler._closing.items():
         _require(step > scheduler._applied, f"step {step} is applied, its closing requests remain")
         slots = [request.slot for request in requests]
-        is_last = all(scheduler._last_step(slot) == step for slot in slots)
+        is_last = all(scheduler._decodes.last_step(slot) == step for slot in slots)
         _require(is_last, f"slots {slots} close with step {step}, not with their last one")
     coming = sum(len(scheduler.blocks_of(request)) for request in closing)
     _require(scheduler._coming_blocks == coming, f"{coming} blocks are coming")

@@ -19,6 +19,7 @@ from millrace.scheduler import speculation
 from millrace.scheduler.block_pool import BlockPool
 from millrace.scheduler.block_tables import BlockTables
 from millrace.scheduler.deadline_first import EarliestDeadlineFirst
+from millrace.scheduler.decode_set import DecodeSet
 from millrace.scheduler.fair_share import FairShare
 from millrace.scheduler.policy import FirstComeFirstServed, Ordered
 from millrace.scheduler.prefix_cache import PrefixCache
@@ -56,7 +57,7 @@ BUGS = {
         },
     ),
     "hits that are idle are counted as blocks to be had": Bug(
-        BlockTables, "place", {" - self._pool.num_idle(hits)": ""}
+        BlockTables, "_is_room", {" - self._pool.num_idle(hits)": ""}
     ),
     "blocks are given back head first": Bug(
         BlockPool,
@@ -107,7 +108,7 @@ BUGS = {
         BlockTables, "_to_copy", {"return (source, saved)": "return (source, saved + 1)"}
     ),
     "a token that was drawn last is taken for computed": Bug(
-        BlockTables, "leave", {"[: request.num_computed]": ""}
+        BlockTables, "leave", {"[: table.computed[slot]]": ""}
     ),
     "a tail that is replaced is lost": Bug(
         BlockPool, "keep_tail", {"displaced is not None": "False"}
@@ -156,7 +157,7 @@ BUGS = {
     "a window's blocks are indexed however far they are": Bug(
         BlockTables,
         "index",
-        {"min(request.num_computed, self._indexed_tokens)": "request.num_computed"},
+        {"min(int(table.computed[slot]), self._indexed_tokens)": "int(table.computed[slot])"},
     ),
     # Preemption
     "a preempted request forgets what it said": Bug(
@@ -169,7 +170,7 @@ BUGS = {
     ),
     "the oldest yields": Bug(Ordered, "victim", {"max(": "min("}),
     "new requests take what the preempted gave up": Bug(
-        Scheduler, "schedule", {"if self.counters.preemptions == preemptions:": "if True:"}
+        Scheduler, "schedule", {"self.counters.preemptions == preemptions": "True"}
     ),
     "a preempted slot keeps the block it was to get": Bug(
         Scheduler, "_grow", {"[streams[plan.block_appends[:, 0]] != 0]": ""}
@@ -182,7 +183,7 @@ BUGS = {
         SlotTable, "occupy", {"= request.max_length - 1": "= request.max_length"}
     ),
     "an ended request stays in the decoding set": Bug(
-        Scheduler, "schedule", {"self._planned_decodes[plan.decode_leaves] = 0": "pass"}
+        DecodeSet, "commit", {"self._told[plan.decode_leaves] = 0": "pass"}
     ),
     "a cancelled leader leaves its followers behind": Bug(
         Scheduler, "finish", {"self._free_followers(request)": "pass"}
