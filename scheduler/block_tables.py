@@ -49,7 +49,9 @@ class BlockTables:
         self._indexed_tokens = held * limits.block_size
         # A copy is a launch more; computing a few tokens more beside others is next to nothing.
         self._least_copied = max(1, limits.block_size // 4)
-        self._written = np.zeros(limits.num_blocks, np.int64)  # newest step of a chunk in it
+        self._written = np.zeros(
+            limits.num_blocks, np.int64
+        )  # newest step that fills it, but by decoding
 
     def place(self, plan: StepPlan, request: Request, leader: Request | None) -> bool:
         """A slot, and blocks to compute what it knows; False, and nothing is taken: too few.
@@ -64,6 +66,7 @@ class BlockTables:
         self._pool.share(hits)  # before taking others, which may evict
         fresh = self._pool.take(need)
         assert fresh is not None, "blocks were counted before they were taken"
+        self._written[fresh] = plan.step
         blocks = np.concatenate([hits, fresh])
         request.num_computed = self.host.swap_in(plan, request, len(hits), blocks)
         if request.num_computed == 0:
@@ -106,7 +109,7 @@ class BlockTables:
             self._pool.keep_tail(tokens, int(blocks[num_full]), parent)
 
     def swap_out(self, request: Request) -> None:
-        """It has yielded: keep its KV on the host, where that is cheaper than computing it again."""
+        """It has yielded: keep its KV on the host, if that is cheaper than computing it again."""
         if self.host.num_blocks and self.window is None:
             blocks = self._slots.blocks(request.slot)
             computed = blocks[: blocks_for(request.num_computed, self._size)]
@@ -171,7 +174,8 @@ class BlockTables:
     ) -> tuple[int, int] | None:
         """Of a leader that holds `hits` too: its next block, and the tokens that begin it alike."""
         theirs, count = self._slots.blocks(leader.slot), len(hits)
-        if len(theirs) <= count or not np.array_equal(theirs[:count], hits):
+        is_whole = self._slots.num_gone[leader.slot] == 0
+        if not is_whole or len(theirs) <= count or not np.array_equal(theirs[:count], hits):
             return None
         start = count * self._size
         end = min(len(known) - 1, leader.num_computed, len(leader.prompt), start + self._size)

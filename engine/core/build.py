@@ -11,6 +11,7 @@ from millrace.engine.errors import InvalidRequest
 from millrace.engine.models.decoder import Decoder, Progress
 from millrace.engine.models.registry import model_config
 from millrace.engine.runner.assemble import Assembly, Placement, decode_calls
+from millrace.engine.runner.block_moves import BlockMoves
 from millrace.engine.weights.checkpoint import Checkpoint, open_checkpoint
 from millrace.engine.weights.locate import ModelLocation
 from millrace.kernels.dispatch import operations
@@ -54,9 +55,8 @@ def core_of(
     calls = decode_calls(placement.device, config.max_running, max_context, progress)
     assembly = Assembly(config, placement, decoder, max_context, run_ahead, calls)
     runner, num_blocks = assembly.build()
-    core = EngineCore(
-        _build_scheduler(config, num_blocks, max_context, model.window), runner, run_ahead
-    )
+    limits = _limits(config, num_blocks, max_context, model.window, runner.moves)
+    core = EngineCore(_build_scheduler(config, limits), runner, run_ahead)
     ready = Ready(
         model=config.served_name or name,
         architecture=model.architecture,
@@ -109,9 +109,7 @@ def _cpu_has_bfloat16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def _build_scheduler(
-    config: EngineConfig, num_blocks: int, max_context: int, window: int | None
-) -> Scheduler:
+def _build_scheduler(config: EngineConfig, limits: Limits) -> Scheduler:
     cost = CostModel()
     policy = make_policy(
         config.policy,
@@ -120,11 +118,13 @@ def _build_scheduler(
         first_token_s=lambda request: cost.prefill_s(request.num_known),
     )
     asks_for_cost = config.itl_target_ms is not None or config.policy == "deadline"
-    limits = _limits(config, num_blocks, max_context, window)
+    asks_for_cost |= limits.host_blocks > 0
     return Scheduler(limits, policy, cost if asks_for_cost else None)
 
 
-def _limits(config: EngineConfig, num_blocks: int, max_context: int, window: int | None) -> Limits:
+def _limits(
+    config: EngineConfig, num_blocks: int, max_context: int, window: int | None, moves: BlockMoves
+) -> Limits:
     target_ms = config.itl_target_ms
     return Limits(
         num_blocks=num_blocks,
@@ -137,5 +137,7 @@ def _limits(config: EngineConfig, num_blocks: int, max_context: int, window: int
         max_wait_s=config.max_wait_s,
         itl_target_s=None if target_ms is None else target_ms / 1000,
         prefix_caching=config.prefix_caching,
+        host_blocks=moves.num_host_blocks,
+        block_copy_s=moves.measured_copy_s(),
         window=window,
     )

@@ -82,7 +82,16 @@ class Assembly:
         if device.type == "cuda" and measured is None:
             with room_for("the largest step", self.config, device):  # and compiles its kernels
                 run_worst_case(step, self.copies(), self.config.max_step_tokens)
-        return Runner(step, calls, self.copies(), BlockMoves(step.kv.storage)), num_blocks
+        with room_for("the memory for swapping", self.config, device):
+            moves = BlockMoves(step.kv.storage, self.host_blocks())
+        return Runner(step, calls, self.copies(), moves), num_blocks
+
+    def host_blocks(self) -> int:
+        """Blocks of host memory to swap to; with a window, too little is held to be worth it."""
+        model = self.decoder.config
+        block_bytes = model.kv_elements_per_token * self.config.block_size
+        block_bytes *= self.placement.dtype.itemsize
+        return 0 if model.window is not None else self.config.swap_memory // block_bytes
 
     def measure(self, probe: MemoryProbe, num_blocks: int = 1) -> int:
         """Bytes that the cache may take, by a trial runner with a cache of so many blocks."""

@@ -107,6 +107,9 @@ BUGS = {
     "a token that was drawn last is taken for computed": Bug(
         BlockTables, "leave", {"[: request.num_computed]": ""}
     ),
+    "a leader's block is copied from the wrong place behind its window": Bug(
+        BlockTables, "_in_leader", {"self._slots.num_gone[leader.slot] == 0": "True"}
+    ),
     "a tail that is replaced is lost": Bug(
         BlockPool, "keep_tail", {"displaced is not None": "False"}
     ),
@@ -120,13 +123,8 @@ BUGS = {
     "a request that ends while it is swapped out keeps its host blocks": Bug(
         Scheduler, "finish", {"self._tables.host.drop(request)": "pass"}
     ),
-    "blocks are swapped out a step late, when others have written them": Bug(
-        Scheduler,
-        "schedule",
-        {
-            "swap_outs=host.swap_outs": "swap_outs=host.__dict__.setdefault('late', [])",
-            "self._released, host.swap_outs = [], []": "self._released, host.late, host.swap_outs = [], host.swap_outs, []",
-        },
+    "blocks are given to others before they are swapped out": Bug(
+        HostPool, "swap_out", {"self.swap_outs +=": "self.swap_outs = self.swap_outs +"}
     ),
     "more is taken for swapped in than was swapped out": Bug(
         HostPool,
