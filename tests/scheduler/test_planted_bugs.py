@@ -162,6 +162,9 @@ BUGS = {
         Scheduler, "_grow_one", {"self._coming_blocks > num_stalled": "False"}
     ),
     "the oldest yields": Bug(Ordered, "victim", {"max(": "min("}),
+    "one request yields over and over": Bug(
+        Ordered, "_readiness_to_yield", {"request.num_preemptions < MAX_YIELDS": "True"}
+    ),
     "new requests take what the preempted gave up": Bug(
         Scheduler, "schedule", {"if self.counters.preemptions == preemptions:": "if True:"}
     ),
