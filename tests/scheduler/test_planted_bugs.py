@@ -76,7 +76,7 @@ BUGS = {
     "a chain goes on behind another's block": Bug(
         PrefixCache,
         "insert",
-        {"            last = index\n": "", "            break\n": ""},
+        {"is not None:": "== -1:"},
     ),
     "prefixes match whatever comes before them": Bug(
         PrefixCache, "match", {"node = blocks[-1]": "pass"}
@@ -88,11 +88,14 @@ BUGS = {
     "tokens computed again count as hits": Bug(
         Scheduler, "_place", {"if request.num_preemptions == 0:": "if True:"}
     ),
-    "a leap outlives the block that it leads to": Bug(
-        PrefixCache, "_forget", {"del self._leaps[leap_from]": "pass"}
+    "an edge keeps the tokens of evicted blocks": Bug(
+        PrefixCache, "_tokens_of", {"len(edge.tokens) > length": "False"}
     ),
-    "leaps are not told apart": Bug(
-        PrefixCache, "match", {"leap is not None and data.startswith(leap[0], start)": "leap"}
+    "only the first block of an edge is compared": Bug(
+        PrefixCache, "match", {"data.startswith(on_edge, start)": "True"}
+    ),
+    "what goes on behind the middle of an edge is looked for at its end only": Bug(
+        PrefixCache, "_next", {"place < len(edge.blocks) and": "False and"}
     ),
     "a tenant's prefixes are kept under another's name": Bug(
         BlockTables, "place", {"Chain(request.tenant,": 'Chain("a",'}
@@ -117,7 +120,7 @@ BUGS = {
         PrefixCache, "partial", {"int(blocks[-1]) if len(blocks) else salt": "salt"}
     ),
     "an evicted tail can still be found": Bug(
-        PrefixCache, "_forget", {"del self._tails[key[0]]": "pass"}
+        PrefixCache, "_forget", {"del self._tails[self._tail_key.pop(block)[0]]": "pass"}
     ),
     # Swapping
     "a request that ends while it is swapped out keeps its host blocks": Bug(
