@@ -66,8 +66,8 @@ class BlockTables:
         self._pool.share(hits)  # before taking others, which may evict
         fresh = self._pool.take(need)
         assert fresh is not None, "blocks were counted before they were taken"
-        self._written[fresh] = plan.step
-        blocks = np.concatenate([hits, fresh])
+        self._written.put(fresh, plan.step)
+        blocks = np.concatenate([hits, fresh]) if len(hits) else fresh
         request.num_computed = self.host.swap_in(plan, request, len(hits), blocks)
         if request.num_computed == 0:
             request.num_computed = len(hits) * self._size
@@ -76,7 +76,7 @@ class BlockTables:
                 request.num_computed += copy[1]
         chain = Chain(request.tenant, len(hits), is_closed=not self._caches)
         slot = self._slots.occupy(request, blocks, request.num_computed, chain)
-        plan.append_blocks(np.full(len(blocks), slot), np.arange(len(blocks)), blocks)
+        plan.append_blocks(slot, np.arange(len(blocks)), blocks)
         return True
 
     def to_begin(self, num_known: int) -> int:
@@ -87,7 +87,8 @@ class BlockTables:
     def wrote(self, step: int, request: Request, start: int) -> None:
         """A step computes a request's positions from `start` to `num_computed`: index them."""
         end = blocks_for(request.num_computed, self._size)
-        self._written[self._slots.block_table[request.slot, start // self._size : end]] = step
+        blocks = self._slots.block_table[request.slot, start // self._size : end]
+        self._written.put(blocks, step)
         self.index(request)
 
     def index(self, request: Request) -> None:
@@ -134,7 +135,7 @@ class BlockTables:
             unused = self.window.reserved - len(table.blocks(slot))
             fresh = self._pool.take(max(0, min(missing, unused, self._pool.num_available)))
             assert fresh is not None, "no more than there are"
-            plan.append_blocks(np.full(len(fresh), slot), table.extend(slot, fresh), fresh)
+            plan.append_blocks(slot, table.extend(slot, fresh), fresh)
         return int(table.capacity[slot]) - request.num_computed
 
     def slide(self, request: Request, position: int, applied: int) -> None:

@@ -110,7 +110,7 @@ class PrefixCache:
             return
         # From here on all nodes are new: nobody has put anything behind them yet.
         fresh = table[first:last]
-        self._is_cached[fresh] = True
+        self._is_cached.put(fresh, True)
         chain.num_blocks = last
         done = self._extend(node, data, fresh)
         while done < len(fresh):
