@@ -48,10 +48,7 @@ class Scheduler:
     def __init__(
         self, limits: Limits, policy: Policy | None = None, cost: CostModel | None = None
     ) -> None:
-        """`cost` is needed for `itl_target_s` and `host_blocks`.
-
-        Who runs the steps tells it how long they took.
-        """
+        """`cost` serves `itl_target_s` and `host_blocks`; who runs the steps feeds it."""
         self.limits = limits
         self.cost = cost
         self.policy: Policy = policy or FirstComeFirstServed()

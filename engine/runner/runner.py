@@ -70,7 +70,7 @@ class Runner:
         self, step: DeviceStep, calls: DecodeCalls, copies: Copies, moves: BlockMoves
     ) -> None:
         self._step = step
-        self._moves = moves
+        self.moves = moves
         self._calls = calls
         self._operations = step.operations
         self._copies = copies
@@ -89,7 +89,7 @@ class Runner:
     def execute(self, plan: StepPlan) -> LaunchedStep:
         """Launch one step; the plan's changes are applied even if computing then fails."""
         rows = self._tell(plan)
-        self._moves.run(plan, rows)
+        self.moves.run(plan, rows)
         self._length[self._decode_slots] += 1
         if not plan.prefill:
             asked = self._asked(self._decode_slots)
@@ -136,7 +136,7 @@ class Runner:
             self._note_logprobs(request)
         packed = PackedArrays()
         self._packer.table_changes(plan, packed)
-        self._moves.pack(plan, packed)
+        self.moves.pack(plan, packed)
         if plan.decode_leaves or plan.decode_joins:
             self._decodes[plan.decode_leaves] = False
             self._decodes[plan.decode_joins] = True

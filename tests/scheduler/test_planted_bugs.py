@@ -79,7 +79,7 @@ BUGS = {
     "a chain goes on behind another's block": Bug(
         PrefixCache,
         "insert",
-        {"            last = index\n": "", "            break\n": ""},
+        {"is not None:": "== -1:"},
     ),
     "prefixes match whatever comes before them": Bug(
         PrefixCache, "match", {"node = blocks[-1]": "pass"}
@@ -91,11 +91,14 @@ BUGS = {
     "tokens computed again count as hits": Bug(
         Scheduler, "_place", {"if request.num_preemptions == 0:": "if True:"}
     ),
-    "a leap outlives the block that it leads to": Bug(
-        PrefixCache, "_forget", {"del self._leaps[leap_from]": "pass"}
+    "an edge keeps the tokens of evicted blocks": Bug(
+        PrefixCache, "_tokens_of", {"len(edge.tokens) > length": "False"}
     ),
-    "leaps are not told apart": Bug(
-        PrefixCache, "match", {"leap is not None and data.startswith(leap[0], start)": "leap"}
+    "only the first block of an edge is compared": Bug(
+        PrefixCache, "match", {"data.startswith(on_edge, start)": "True"}
+    ),
+    "what goes on behind the middle of an edge is looked for at its end only": Bug(
+        PrefixCache, "_next", {"place < len(edge.blocks) and": "False and"}
     ),
     "a tenant's prefixes are kept under another's name": Bug(
         BlockTables, "place", {"Chain(request.tenant,": 'Chain("a",'}
@@ -110,6 +113,9 @@ BUGS = {
     "a token that was drawn last is taken for computed": Bug(
         BlockTables, "leave", {"[: table.computed[slot]]": ""}
     ),
+    "a leader's block is copied from the wrong place behind its window": Bug(
+        BlockTables, "_in_leader", {"self._slots.num_gone[leader.slot] == 0": "True"}
+    ),
     "a tail that is replaced is lost": Bug(
         BlockPool, "keep_tail", {"displaced is not None": "False"}
     ),
@@ -117,21 +123,14 @@ BUGS = {
         PrefixCache, "partial", {"int(blocks[-1]) if len(blocks) else salt": "salt"}
     ),
     "an evicted tail can still be found": Bug(
-        PrefixCache, "_forget", {"del self._tails[key[0]]": "pass"}
+        PrefixCache, "_forget", {"del self._tails[self._tail_key.pop(block)[0]]": "pass"}
     ),
     # Swapping
     "a request that ends while it is swapped out keeps its host blocks": Bug(
         Scheduler, "finish", {"self._tables.host.drop(request)": "pass"}
     ),
-    "blocks are swapped out a step late, when others have written them": Bug(
-        Scheduler,
-        "schedule",
-        {
-            "swap_outs=host.swap_outs": "swap_outs=host.__dict__.setdefault('late', [])",
-            "self._released, host.swap_outs = [], []": (
-                "self._released, host.late, host.swap_outs = [], host.swap_outs, []"
-            ),
-        },
+    "blocks are given to others before they are swapped out": Bug(
+        HostPool, "swap_out", {"self.swap_outs +=": "self.swap_outs = self.swap_outs +"}
     ),
     "more is taken for swapped in than was swapped out": Bug(
         HostPool,
@@ -169,6 +168,9 @@ BUGS = {
         Scheduler, "_grow_one", {"self._coming_blocks > num_stalled": "False"}
     ),
     "the oldest yields": Bug(Ordered, "victim", {"max(": "min("}),
+    "one request yields over and over": Bug(
+        Ordered, "_readiness_to_yield", {"request.num_preemptions < MAX_YIELDS": "True"}
+    ),
     "new requests take what the preempted gave up": Bug(
         Scheduler, "schedule", {"self.counters.preemptions == preemptions": "True"}
     ),
