@@ -287,11 +287,19 @@ def test_a_file_that_cannot_be_imported_is_a_failure(checkout):
         correctness.run(session_for([]))
 
 
-def test_the_lines_of_pytest_and_of_its_workers_are_read():
-    name = "tests/kernels/gpu/test_x.py::test_a[(2, 3)-torch.bfloat16]"
-    assert correctness._test_and_end(f"{name} PASSED   [ 10%]\n") == (name, "PASSED")
-    assert correctness._test_and_end(f"[gw3] [  7%] FAILED {name} \n") == (name, "FAILED")
-    assert correctness._test_and_end(f"{name} SKIPPED (needs a GPU) [ 1%]\n") is None
+def test_processes_share_the_tests(checkout, monkeypatch):
+    """Each runs once, five neighbours in one process."""
+    checkout(
+        "import pytest\n"
+        + "".join(f"def test_{i}(): pass\n" for i in range(12))
+        + "pytestmark = pytest.mark.gpu"
+    )
+    monkeypatch.setattr(correctness.os, "sched_getaffinity", lambda of: range(4))
+    rows = []
+    correctness.run(session_for(rows))
+    assert sorted(row["test"].partition("_it.py::test_")[2] for row in rows) == sorted(
+        map(str, range(12))
+    )
 
 
 def test_a_chart_of_one_point_is_valid():
