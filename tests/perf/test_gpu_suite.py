@@ -91,6 +91,20 @@ def test_the_summary_says_how_we_stand_beside_the_fastest_other(tmp_path):
     assert "dry run" not in summary
 
 
+def test_the_matmul_part_fills_the_table_of_forms(dry_run, tmp_path):
+    """From the file of a part to rows of configs.json, as on a GPU; the device's name is "cpu"."""
+    table = tmp_path / "configs.json"
+    table.write_text("{}")
+    command = [sys.executable, "-P", "-m", "millrace.perf.kernels.tune_rows"]
+    command += [str(dry_run / "matmul.json"), "--file", str(table)]
+    subprocess.run(command, check=True, capture_output=True, timeout=LIMIT_S)
+    written = json.loads(table.read_text())["cpu"]
+    assert written.keys() == {"linear_gemv", "linear_decode", "lm_head_draw"}
+    for rows in written.values():
+        for row in rows.values():
+            assert row["constants"]["MAX_ROWS"] >= 0 and row["num_warps"] and row["measured_us"]
+
+
 def test_one_part_can_be_run_again(dry_run):
     before = {path.name: path.read_bytes() for path in dry_run.glob("*.json")}
     assert suite("--out", dry_run, "--only", "norm", *DRY).returncode == 0
