@@ -20,7 +20,7 @@ prompt pays for it most: its attention reads the context for every query again.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -70,7 +70,15 @@ def pack_row_invariant(weight: Tensor, bias: Tensor | None = None) -> RowInvaria
     packed = pack_linear(weight, bias)
     n, k = weight.shape
     sizes = agreeing_sizes(n, k, bias is not None, torch.get_num_threads())
-    return RowInvariantLinear(*(getattr(packed, f.name) for f in fields(packed)), sizes)
+    return RowInvariantLinear(
+        weight=packed.weight,
+        bias=packed.bias,
+        in_features=k,
+        out_features=n,
+        dtype=packed.dtype,
+        prepacked=packed.prepacked,
+        row_sizes=sizes,
+    )
 
 
 @cache

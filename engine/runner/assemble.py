@@ -128,7 +128,8 @@ def decode_calls(
             return DirectCalls(step.decode)
         sizes, lengths = ladder(max_running), contexts(max_context)
         recorder = CudaRecorder(device)
-        graphs = Graphs(step.decode, sizes, lengths, recorder, step.addresses, progress)
+        ladders = (sizes, lengths, recorder, step.addresses, progress)
+        graphs = Graphs(step.decode, *ladders, step.model.draw_rows)
         log.info("decode graphs take %.0f MiB", graphs.num_bytes / MIB)
         return graphs
 

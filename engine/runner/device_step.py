@@ -62,9 +62,8 @@ class DeviceStep:
             num_decodes=shape.rows,
         )
         hidden = self._forward(slots, positions, attention)
-        logits = self.model.logits(hidden)
         going = ~table.ended[slots]  # as of before this draw
-        self._draw(logits, slots, positions + 1, score)
+        self._draw(hidden, slots, positions + 1, shape.plain, score)
         table.computed[slots] = positions + going
 
     @torch.inference_mode()
@@ -74,11 +73,12 @@ class DeviceStep:
         num_decodes: int,
         max_query: int,
         max_context: int,
+        plain: bool = False,
         score: Score | None = None,
     ) -> torch.Tensor:
         """The rows of `ChangePacker.chunk_rows`: `num_decodes` decoding ones, then the chunks.
 
-        Returns the hidden states [T, E].
+        `plain` is of the rows that draw, as in StepShape. Returns the hidden states [T, E].
         """
         table, slots = self.table, rows["slots"]
         decodes, chunks = slots[:num_decodes], slots[num_decodes:]
@@ -97,8 +97,7 @@ class DeviceStep:
         last = rows["last_tokens"]
         going = ~table.ended[decodes]
         if len(last):  # else no prompt ends here
-            logits = self.model.logits(hidden[last])
-            self._draw(logits, rows["drawing_slots"], positions[last] + 1, score)
+            self._draw(hidden[last], rows["drawing_slots"], positions[last] + 1, plain, score)
         table.computed[decodes] = decoded + going
         table.computed[chunks] = rows["ends"]
         return hidden
@@ -124,16 +123,21 @@ class DeviceStep:
 
     def _draw(
         self,
-        logits: torch.Tensor,
+        hidden: torch.Tensor,
         slots: torch.Tensor,
         positions: torch.Tensor,
+        plain: bool,
         score: Score | None,
     ) -> None:
-        """Draw the tokens at `positions` [N] of `slots` [N] from logits [N, V] into the table."""
+        """Draw the tokens at `positions` [N] of `slots` [N] from hidden [N, E] into the table."""
         table = self.table
-        sampled = self.operations.sample(logits, slots, positions, table.sampling)
-        if score is not None:
-            score(logits, slots, positions, sampled)
+        if plain and score is None and len(slots) <= self.model.draw_rows:
+            sampled = self.model.draw(hidden, slots, positions, table.sampling)
+        else:
+            logits = self.model.logits(hidden)
+            sampled = self.operations.sample(logits, slots, positions, table.sampling)
+            if score is not None:
+                score(logits, slots, positions, sampled)
         table.tokens[slots, positions] = sampled.token_ids
         table.sampling.record(slots, sampled.token_ids)
         stopped = (table.sampling.stop_ids[slots] == sampled.token_ids[:, None]).any(dim=1)

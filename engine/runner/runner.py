@@ -18,7 +18,7 @@ import torch
 from millrace.engine.core.messages import NewRequest, TokenLogprobs
 from millrace.engine.errors import DeviceLost
 from millrace.engine.runner.block_moves import BlockMoves
-from millrace.engine.runner.changes import ChangePacker, Slots
+from millrace.engine.runner.changes import ChangePacker, Slots, is_plain
 from millrace.engine.runner.copies import Arrival, Copies
 from millrace.engine.runner.device_step import DeviceStep, Score
 from millrace.engine.runner.graphs import DecodeCalls, StepShape
@@ -80,6 +80,7 @@ class Runner:
         self._decodes = np.zeros(num_slots, np.bool_)
         self._decode_slots = np.zeros(0, np.int64)  # the same as indices, in ascending order
         self._length = np.zeros(num_slots, np.int64)  # tokens computed, at most
+        self._plain = np.zeros(num_slots, np.bool_)  # draws by temperature alone
         self._num_top: dict[int, int] = {}  # slot -> output logprobs wanted
         self._processed: set[int] = set()  # the slots among them that want processed ones
         self._prompt_top: dict[int, tuple[int, int]] = {}  # slot -> (prompt length, alternatives)
@@ -134,6 +135,7 @@ class Runner:
             self._processed.discard(slot)
             self._prompt_top.pop(slot, None)
         for request in plan.admitted:
+            self._plain[request.slot] = is_plain(request)
             self._note_logprobs(request)
         packed = PackedArrays()
         self._packer.table_changes(plan, packed)
@@ -168,7 +170,8 @@ class Runner:
     def _decode(self, score: Score | None) -> None:
         """One token for each decoding slot."""
         slots = self._decode_slots
-        shape = self._calls.fit(StepShape(len(slots), int(self._length[slots].max())))
+        plain = score is None and bool(self._plain[slots].all())
+        shape = self._calls.fit(StepShape(len(slots), int(self._length[slots].max()), plain))
         if score is None:
             self._calls.replay(shape)
         else:  # a graph keeps its logits to itself
@@ -181,6 +184,7 @@ class Runner:
             num_decodes=len(self._decode_slots),
             max_query=max(chunk.length for chunk in prefill),
             max_context=int(self._length[slots].max()),
+            plain=bool(self._plain[slots].all()),
             score=score,
         )
 

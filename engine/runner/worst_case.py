@@ -46,7 +46,7 @@ def run_worst_case(step: DeviceStep, copies: Copies, max_step_tokens: int) -> No
     ) -> None:
         step.operations.raw_logprobs(logits, sampled.token_ids, LOGPROBS)
 
-    step.mixed(rows, len(decodes), longest, max_context, score)
+    step.mixed(rows, len(decodes), longest, max_context, score=score)
     copies.fetch(table.drawn).wait()
     _set(table, 0, 0.0, 0, 1.0, 0.0, 1.0)
     table.ended[: table.scratch_slot] = False
