@@ -30,11 +30,8 @@ from millrace.kernels import (
     norm,
     row_invariant_cpu,
 )
+from millrace.kernels.drawn_logprobs import drawn_logprobs_cpu, drawn_logprobs_reference
 from millrace.kernels.logprobs import RawLogprobs, raw_logprobs_cpu, raw_logprobs_reference
-from millrace.kernels.processed_logprobs import (
-    processed_logprobs_cpu,
-    processed_logprobs_reference,
-)
 from millrace.kernels.sampling import SampledTokens, sample_reference
 from millrace.kernels.sampling_cpu import sample_cpu
 
@@ -76,7 +73,7 @@ class Operations:
     fuse: Callable[..., Any] | None  # fused_model.fuse, where there are fused products
     sample: Callable[..., SampledTokens]  # sampling.sample_reference
     raw_logprobs: Callable[..., RawLogprobs]  # logprobs.raw_logprobs_reference
-    processed_logprobs: Callable[..., RawLogprobs]  # processed_logprobs_reference
+    drawn_logprobs: Callable[..., RawLogprobs]  # drawn_logprobs.drawn_logprobs_reference
 
     @property
     def interleaved(self) -> bool:
@@ -98,7 +95,7 @@ REFERENCE = Operations(
     fuse=None,
     sample=sample_reference,
     raw_logprobs=raw_logprobs_reference,
-    processed_logprobs=processed_logprobs_reference,
+    drawn_logprobs=drawn_logprobs_reference,
 )
 
 TORCH_ON_GPU = replace(
@@ -118,7 +115,7 @@ TORCH_ON_CPU = replace(
     paged_attention=attention_cpu.paged_attention_cpu,
     sample=sample_cpu,
     raw_logprobs=raw_logprobs_cpu,
-    processed_logprobs=processed_logprobs_cpu,
+    drawn_logprobs=drawn_logprobs_cpu,
 )
 
 ROW_INVARIANT_ON_CPU = replace(
@@ -186,7 +183,7 @@ def _triton_operations(on_gpu: bool, deterministic: bool = False) -> Operations:
         fuse=partial(fused_model.fuse, deterministic=deterministic),
         sample=sampling_triton.sample_triton,
         raw_logprobs=logprobs_triton.raw_logprobs_triton,
-        processed_logprobs=logprobs_triton.processed_logprobs_triton,
+        drawn_logprobs=logprobs_triton.drawn_logprobs_triton,
     )
 
 

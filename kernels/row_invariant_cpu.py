@@ -20,7 +20,7 @@ prompt pays for it most: its attention reads the context for every query again.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 
 import torch
@@ -70,15 +70,8 @@ def pack_row_invariant(weight: Tensor, bias: Tensor | None = None) -> RowInvaria
     packed = pack_linear(weight, bias)
     n, k = weight.shape
     sizes = agreeing_sizes(n, k, bias is not None, torch.get_num_threads())
-    return RowInvariantLinear(
-        weight=packed.weight,
-        bias=packed.bias,
-        in_features=k,
-        out_features=n,
-        dtype=packed.dtype,
-        prepacked=packed.prepacked,
-        row_sizes=sizes,
-    )
+    own = {field.name: getattr(packed, field.name) for field in fields(packed)}
+    return RowInvariantLinear(**own, row_sizes=sizes)
 
 
 @cache
@@ -175,14 +168,20 @@ def prepare_queries(
     return attention_cpu.prepare_attention_cpu(by_query, block_size, window)
 
 
-def sample(logits: Tensor, slots: Tensor, positions: Tensor, params: SlotSampling) -> SampledTokens:
+def sample(
+    logits: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    params: SlotSampling,
+    scored: bool = False,
+) -> SampledTokens:
     """As `sample_cpu`, a row at a time."""
     drawn = [
-        sample_cpu(logits[i : i + 1], slots[i : i + 1], positions[i : i + 1], params)
+        sample_cpu(logits[i : i + 1], slots[i : i + 1], positions[i : i + 1], params, scored)
         for i in range(len(slots))
     ]
     if not drawn:
-        return sample_cpu(logits, slots, positions, params)
+        return sample_cpu(logits, slots, positions, params, scored)
     return SampledTokens(
         torch.cat([row.token_ids for row in drawn]), torch.cat([row.ok for row in drawn])
     )

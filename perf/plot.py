@@ -1,4 +1,4 @@
-"""A line chart as SVG, without a library: shares of a ceiling, or times, over batch or length."""
+"""Charts of lines as SVG, without a library: shares of a ceiling, times, any curves."""
 
 from __future__ import annotations
 
@@ -57,6 +57,45 @@ def line_chart(
         (x1, y), (x2, _) = at(xs[0], goal), at(xs[-1], goal)
         body.append(_line(x1, y, x2, y, "#666", "6 4"))
         body.append(_text(WIDTH - RIGHT + 8, y + 4, f"goal {axis.label(goal)}"))
+    return _whole([*body, *_curves(series, at)])
+
+
+def curve_chart(
+    title: str, x_label: str, y_label: str, series: Mapping[str, Points], num_ticks: int = 6
+) -> str:
+    """Curves over linear axes from zero; the largest x and y of all points are in the picture."""
+    points = [point for named in series.values() for point in named]
+    x_step, y_step = (_tick(max(values), num_ticks) for values in zip(*points, strict=True))
+    x_end = x_step * math.ceil(max(x for x, _ in points) / x_step)
+    y_end = y_step * math.ceil(max(y for _, y in points) / y_step)
+    plot_width, plot_height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        return LEFT + plot_width * x / x_end, HEIGHT - BOTTOM - plot_height * y / y_end
+
+    body = [_text(WIDTH / 2, 22, title, "middle", 15)]
+    for index in range(round(y_end / y_step) + 1):
+        y = at(0.0, index * y_step)[1]
+        body.append(_line(LEFT, y, WIDTH - RIGHT, y, "#ddd"))
+        body.append(_text(LEFT - 8, y + 4, f"{index * y_step:g}", "end"))
+    for index in range(round(x_end / x_step) + 1):
+        x = at(index * x_step, 0.0)[0]
+        body.append(_line(x, HEIGHT - BOTTOM, x, HEIGHT - BOTTOM + 5, "#333"))
+        body.append(_text(x, HEIGHT - BOTTOM + 20, f"{index * x_step:g}", "middle"))
+    body.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 10, x_label, "middle"))
+    body.append(_text(LEFT, TOP - 6, y_label))
+    return _whole([*body, *_curves(series, at)])
+
+
+def _tick(largest: float, num_ticks: int) -> float:
+    """A round step, 1, 2 or 5 times a power of ten, of which at most `num_ticks` are needed."""
+    power: float = 10.0 ** math.floor(math.log10(largest / num_ticks))
+    return next(power * step for step in (1, 2, 5, 10) if power * step * num_ticks >= largest)
+
+
+def _curves(series: Mapping[str, Points], at: Place) -> list[str]:
+    """Each as a line with its points, and its name in the legend."""
+    body = []
     for i, (name, points) in enumerate(series.items()):
         colour = COLOURS[i % len(COLOURS)]
         places = [at(x, y) for x, y in sorted(points)]
@@ -66,6 +105,10 @@ def line_chart(
         y = HEIGHT - BOTTOM - 18 * (len(series) - i)
         body.append(_line(WIDTH - RIGHT + 30, y, WIDTH - RIGHT + 50, y, colour))
         body.append(_text(WIDTH - RIGHT + 56, y + 4, name))
+    return body
+
+
+def _whole(body: list[str]) -> str:
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}"'
     style = 'font-family="sans-serif" font-size="12"'
     white = f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>'

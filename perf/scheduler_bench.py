@@ -148,7 +148,7 @@ def main() -> None:
     drawn = curves()
     cases = [case for curve in drawn for case in curve.cases.values()] + other_cases()
     found = measure(cases, peers)
-    Console().print(table(cases, found))
+    Console(width=110).print(table(cases, found))
     for name, reason in left_out.items():
         print(f"{name} is {reason}")
     if args.json is not None:

@@ -13,7 +13,14 @@ from statistics import mean, median
 
 import numpy as np
 
-from millrace.perf.scheduler_driver import BLOCK_SIZE, MakeDriver, Prompt, SchedulerDriver, Size
+from millrace.perf.scheduler_driver import (
+    BLOCK_SIZE,
+    MakeDriver,
+    Prompt,
+    SchedulerDriver,
+    Size,
+    timed,
+)
 from millrace.scheduler.prefix_cache import Chain, PrefixCache
 
 PROMPT = 512  # tokens of those that decode; less one a request, so that they cross at all steps
@@ -113,7 +120,7 @@ def index_long_prompt(_: MakeDriver) -> float:
     """The prefix cache takes in 6250 blocks of one prompt."""
     prompt, table = prompt_of(LONG_PROMPT, 1), np.arange(LONG_PROMPT // BLOCK_SIZE, dtype=np.int32)
     caches = [PrefixCache(BLOCK_SIZE, len(table)) for _ in range(REPEATS)]
-    return _median_us(_ns(partial(cache.insert, prompt, table, Chain())) for cache in caches)
+    return _median_us(timed(partial(cache.insert, prompt, table, Chain()))[1] for cache in caches)
 
 
 def look_up_long_prompt(_: MakeDriver) -> float:
@@ -121,7 +128,7 @@ def look_up_long_prompt(_: MakeDriver) -> float:
     prompt, table = prompt_of(LONG_PROMPT, 1), np.arange(LONG_PROMPT // BLOCK_SIZE, dtype=np.int32)
     cache = PrefixCache(BLOCK_SIZE, len(table))
     cache.insert(prompt, table, Chain())
-    return _median_us(_ns(partial(cache.match, prompt)) for _ in range(REPEATS))
+    return _median_us(timed(partial(cache.match, prompt))[1] for _ in range(REPEATS))
 
 
 def yardstick(_: MakeDriver) -> float:
@@ -132,10 +139,4 @@ def yardstick(_: MakeDriver) -> float:
         for number in range(LONG_PROMPT // BLOCK_SIZE):
             found.setdefault((number, number.to_bytes(4 * BLOCK_SIZE)), number)
 
-    return _median_us(_ns(insert) for _ in range(REPEATS))
-
-
-def _ns(work: Callable[[], object]) -> int:
-    began = time.thread_time_ns()  # of the CPU: long enough that others would get in between
-    work()
-    return time.thread_time_ns() - began
+    return _median_us(timed(insert)[1] for _ in range(REPEATS))

@@ -4,7 +4,8 @@
                      into the first of these a partly filled block is copied, if there is one
     grows by         a block whenever it decodes past the last one (scheduler.py asks the pool)
     gives up         blocks behind the window, where the model has one (window.py)
-    leaves behind    what is computed and full, to the prefix cache; all its references, to the pool
+    leaves behind    what is computed, to the prefix cache; all its references, to the pool;
+                     if it yields, maybe a copy on the host (swap.py)
 
 It plans nothing: scheduler.py asks, and says which steps have been applied.
 """
@@ -15,11 +16,13 @@ import numpy as np
 import numpy.typing as npt
 
 from millrace.scheduler.block_pool import BlockPool
+from millrace.scheduler.cost_model import CostModel
 from millrace.scheduler.limits import Limits
 from millrace.scheduler.plan import StepPlan
 from millrace.scheduler.prefix_cache import BlockIds, Chain, Node, PrefixCache
 from millrace.scheduler.request import Request
 from millrace.scheduler.slots import SlotTable
+from millrace.scheduler.swap import HostPool, num_shared
 from millrace.scheduler.window import blocks_for
 
 NO_BLOCKS: BlockIds = np.empty(0, np.int32)
@@ -29,9 +32,15 @@ class BlockTables:
     """Fills and empties the rows of a SlotTable, from one pool and one prefix cache."""
 
     def __init__(
-        self, limits: Limits, slots: SlotTable, pool: BlockPool, cache: PrefixCache
+        self,
+        limits: Limits,
+        slots: SlotTable,
+        pool: BlockPool,
+        cache: PrefixCache,
+        cost: CostModel | None,
     ) -> None:
         self._slots, self._pool, self._cache = slots, pool, cache
+        self.host = HostPool(limits.host_blocks, limits.block_copy_s, cost)
         self._caches = limits.prefix_caching
         self._size = limits.block_size
         self.window = limits.sliding
@@ -50,14 +59,17 @@ class BlockTables:
         hits = self._cached_prefix(request)
         if not self._is_room(request, hits):
             return False
-        source, num_copied = self._to_copy(plan.step, request, hits, leader)
+        copy = self._to_copy(plan.step, request, hits, leader)
         self._pool.share(hits)  # before taking others, which may evict
         fresh = self._pool.take(self.to_begin(request.num_known) - len(hits))
         assert fresh is not None, "blocks were counted before they were taken"
         blocks = np.concatenate([hits, fresh])
-        request.num_computed = len(hits) * self._size + num_copied
-        if num_copied:  # though `source` may have been evicted: it is copied before it is written
-            plan.block_copies.append((source, int(fresh[0])))
+        request.num_computed = self.host.swap_in(plan, request, len(hits), blocks)
+        if request.num_computed == 0:
+            request.num_computed = len(hits) * self._size
+            if copy is not None:  # even of a block just evicted: nothing has been written yet
+                plan.block_copies.append((copy[0], int(fresh[0])))
+                request.num_computed += copy[1]
         chain = Chain(request.tenant, len(hits), is_closed=not self._caches)
         slot = self._slots.occupy(request, blocks, request.num_computed, chain)
         plan.append_blocks(np.full(len(blocks), slot), np.arange(len(blocks)), blocks)
@@ -95,6 +107,14 @@ class BlockTables:
             blocks, tokens = table.blocks(slot), valid[num_full * self._size :].tobytes()
             parent: Node = int(blocks[num_full - 1]) if num_full else request.tenant
             self._pool.keep_tail(tokens, int(blocks[num_full]), parent)
+
+    def swap_out(self, request: Request) -> None:
+        """It has yielded: keep its KV on the host, if that is cheaper than computing it again."""
+        if self.host.num_blocks and self.window is None:
+            num_tokens = int(self._slots.computed[request.slot])
+            computed = self._slots.blocks(request.slot)[: blocks_for(num_tokens, self._size)]
+            first = num_shared(self._pool.refs[computed])
+            self.host.swap_out(request, computed, first, num_tokens)
 
     def give_back(self, request: Request) -> None:
         """All that it holds; the slot is left to the scheduler."""
@@ -138,26 +158,28 @@ class BlockTables:
 
     def _to_copy(
         self, step: int, request: Request, hits: BlockIds, leader: Request | None
-    ) -> tuple[int, int]:
-        """The block to copy behind `hits`, and how many tokens that saves; (0, 0): too few.
+    ) -> tuple[int, int] | None:
+        """The block to copy behind `hits`, and the tokens that saves; None if that is too few.
 
         Its tokens must have been computed in an earlier step: copies come first in a step.
         """
         if not (self._caches and request.read_cache):
-            return 0, 0
+            return None
         known = request.known_tokens()
         found = [self._cache.partial(known, hits, request.tenant)]
         if leader is not None and leader.tenant == request.tenant:
             found.append(self._in_leader(known, hits, leader))
         usable = [pair for pair in found if pair is not None and self._written[pair[0]] < step]
         source, saved = max(usable, key=lambda pair: pair[1], default=(0, 0))
-        return (source, saved) if saved >= self._least_copied else (0, 0)
+        return (source, saved) if saved >= self._least_copied else None
 
     def _in_leader(
         self, known: npt.NDArray[np.int32], hits: BlockIds, leader: Request
     ) -> tuple[int, int] | None:
         """Of a leader that holds `hits` too: its next block, and the tokens that begin it alike."""
         theirs, count = self._slots.blocks(leader.slot), len(hits)
+        if self._slots.num_gone[leader.slot]:
+            return None  # the beginning is behind its window already
         if len(theirs) <= count or not np.array_equal(theirs[:count], hits):
             return None
         start = count * self._size

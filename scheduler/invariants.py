@@ -27,6 +27,7 @@ def check(scheduler: Scheduler) -> None:
     _check_closing(scheduler)
     _check_block_conservation(scheduler)
     _check_cache(scheduler)
+    _check_host(scheduler)
     for request in _owners(scheduler):
         _check_table(scheduler, request)
         if not request.is_closing:
@@ -144,6 +145,20 @@ def _check_cache(scheduler: Scheduler) -> None:
             in_order = age[block] < age[parent]
             _require(in_order, f"block {block} would be evicted after its parent")
     _check_leaps(cache)
+
+
+def _check_host(scheduler: Scheduler) -> None:
+    """A host block is free, or belongs to one request that has yielded and waits."""
+    host = scheduler._tables.host
+    swapped = [request for request in scheduler.requests.values() if request.swapped is not None]
+    places = [place for request in swapped if request.swapped for place in request.swapped.places]
+    blocks = sorted([*host._free, *places])
+    _require(blocks == list(range(host.num_blocks)), f"host blocks free or held: {blocks}")
+    for request in swapped:
+        waits = request.slot == NO_SLOT and request.num_preemptions > 0
+        _require(waits, f"request {request.id} is swapped out, and has not yielded")
+    pending = {place for _, place in host.swap_outs}
+    _require(pending <= set(places), f"host blocks {pending - set(places)} are written for nobody")
 
 
 def _check_leaps(cache: PrefixCache) -> None:

@@ -21,6 +21,8 @@ class Limits:
     max_wait_s: float | None = None  # expected, of a new request
     itl_target_s: float | None = None  # how long a step may keep streams waiting
     prefix_caching: bool = True
+    host_blocks: int = 0  # where requests that yield may leave their KV
+    block_copy_s: float = 0.0  # how long a block takes to the host, or back
     window: int | None = None  # tokens that a position reads, of a model whose layers all have one
 
     @property

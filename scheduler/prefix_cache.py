@@ -16,8 +16,8 @@ blocks at once, which needs no hashing, only a comparison. It goes with the bloc
     root --b0--> 0 --b1--> 1 ... --b7--> 7 --b8--> 8
       \\______________ b0..b7 __________/^
 
-A node may have one tail: a block that is filled in part only. It can't be shared, for its owner
-would go on writing it, but copied: who comes with the same tokens goes on in a block of its own.
+A node may have one tail: a block that is filled in part only. It can't be shared, for whoever goes
+on would write it. It can be copied: who comes with the same tokens goes on in a block of its own.
 """
 
 from __future__ import annotations

@@ -27,6 +27,15 @@ class Finish(StrEnum):
     ERROR = "error"
 
 
+@dataclass(frozen=True, slots=True)
+class Swapped:
+    """What a request that has yielded left on the host."""
+
+    first: int  # index in its table of the first block that is there
+    places: list[int]  # host blocks, in the order of its table
+    num_tokens: int  # whose KV these blocks and those before them held
+
+
 @dataclass(eq=False, slots=True)
 class Request:
     """One sequence.
@@ -63,6 +72,7 @@ class Request:
     is_closing: bool = False  # leaves its slot once the last launched step with it is applied
     cached_tokens: int = 0  # prompt tokens whose KV was reused at the first admission
     num_preemptions: int = 0
+    swapped: Swapped | None = None
     scheduled_s: float = 0.0  # first given to the device; 0: never
     finish: Finish | None = None
     stop_token: int | None = None

@@ -48,7 +48,10 @@ class Scheduler:
     def __init__(
         self, limits: Limits, policy: Policy | None = None, cost: CostModel | None = None
     ) -> None:
-        """`cost` is needed for `itl_target_s`; who runs the steps tells it how long they took."""
+        """`cost` is needed for `itl_target_s` and `host_blocks`.
+
+        Who runs the steps tells it how long they took.
+        """
         self.limits = limits
         self.cost = cost
         self.policy: Policy = policy or FirstComeFirstServed()
@@ -64,7 +67,7 @@ class Scheduler:
         self._deadlines = RequestHeap()
         self._num_arrived = 0
         self._slots = SlotTable(limits.max_running, limits.longest, limits.block_size)
-        self._tables = BlockTables(limits, self._slots, self.pool, self.cache)
+        self._tables = BlockTables(limits, self._slots, self.pool, self.cache, cost)
         self._planned_decodes = self._slots.decodes.copy()  # of the newest step
         self._num_decodes = 0  # of them
         self._is_changed = False  # other slots decode next than in the newest step
@@ -135,6 +138,7 @@ class Scheduler:
             self._leave_slot(request)
         else:
             self._count_waiting(request, -1)
+            self._tables.host.drop(request)
             if request.is_queued:
                 self.policy.gone(request)
         self._free_followers(request)
@@ -182,12 +186,14 @@ class Scheduler:
         for request in [r for r in self.requests.values() if r.slot != NO_SLOT]:
             self.finish(request.id, Finish.ERROR, now_s, error=error)
         self.pool.flush()
+        self._tables.host.lose(self.requests.values())
 
     # ------------------------------------------------------------ one step
 
     def schedule(self, now_s: float = 0.0) -> StepPlan | None:
         """Plan the next step; None when no request can move."""
-        plan = StepPlan(self._step + 1, released=self._released)
+        host = self._tables.host
+        plan = StepPlan(self._step + 1, released=self._released, swap_outs=host.swap_outs)
         self._make_room()
         preemptions = self.counters.preemptions
         stalled = self._plan_decodes(plan)
@@ -208,7 +214,7 @@ class Scheduler:
             self._is_changed = True  # the runner has not heard of it
             return None
         self._step = plan.step
-        self._released = []
+        self._released, host.swap_outs = [], []
         if plan.decode_leaves or plan.decode_joins:
             self._planned_decodes[plan.decode_leaves] = 0
             self._planned_decodes[plan.decode_joins] = 1
@@ -481,6 +487,7 @@ class Scheduler:
             self._tables.leave(request)
         if request.finish is None:
             self._keep_outputs(request)
+            self._tables.swap_out(request)
         self._tables.give_back(request)
         self.policy.left(request)
         self._released.append(request.slot)

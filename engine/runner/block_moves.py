@@ -6,8 +6,8 @@
 
 All of it goes through the queue in which the steps are, so each comes after the steps that wrote
 its source and before those that read or reuse its place, whatever is in flight; the host waits for
-nothing. A block is all layers' K and V of its tokens: the cache is one tensor, and a block one index
-into it. Copies in parts keep what is staged within MAX_STAGED_BYTES, which need not be reserved.
+nothing. A block is all layers' K and V of its tokens: the cache is one tensor, and a block is one
+index into it. Copies in parts keep what is staged within MAX_STAGED_BYTES: no need to reserve it.
 
 L layers, B blocks, N blocks on the host, P tokens per block, G KV heads, D head dimension.
 """
@@ -61,7 +61,8 @@ class BlockMoves:
     def _copy(self, sources: torch.Tensor, destinations: torch.Tensor) -> None:
         """By parts, not by blocks: of each part all sources are read before any is written."""
         at_once = max(1, MAX_STAGED_BYTES // (self._part_bytes * len(sources)))
-        for parts in self._parts.split(at_once):
+        for i_part in range(0, len(self._parts), at_once):
+            parts = self._parts[i_part : i_part + at_once]
             parts.index_copy_(1, destinations, parts.index_select(1, sources))
 
     def _swap_out(self, blocks: torch.Tensor, places: list[int]) -> None:
@@ -80,4 +81,4 @@ class BlockMoves:
     def _in_turn(self, blocks: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
         """As many at once as may be staged: (index of the first, these blocks)."""
         at_once = max(1, MAX_STAGED_BYTES // self._block_bytes)
-        return [(i * at_once, some) for i, some in enumerate(blocks.split(at_once))]
+        return [(at, blocks[at : at + at_once]) for at in range(0, len(blocks), at_once)]

@@ -31,7 +31,14 @@ import numpy.typing as npt
 from millrace.engine.core.messages import NewRequest
 from millrace.engine.runner.packed import PackedArrays
 from millrace.kernels.sampling import GREEDY_BELOW
-from millrace.kernels.slot_sampling import NO_FILTERS, SlotSampling, SlotValues
+from millrace.kernels.slot_sampling import (
+    NO_FILTERS,
+    NO_LOGPROBS,
+    PROCESSED_LOGPROBS,
+    RAW_LOGPROBS,
+    SlotSampling,
+    SlotValues,
+)
 from millrace.scheduler.plan import PrefillChunk, StepPlan
 from millrace.scheduler.request import Request
 
@@ -39,6 +46,8 @@ Slots = npt.NDArray[np.int64]
 
 WIDE = ("bias", "prompt_seen", "output_counts")
 """Fields over the whole vocabulary, which are read only where a slot's `has_` flag says so."""
+
+LOGPROB_KINDS = {"raw": RAW_LOGPROBS, "processed": PROCESSED_LOGPROBS}
 
 
 class ChangePacker:
@@ -156,6 +165,7 @@ def slot_values(request: Request) -> SlotValues:
         repetition_penalty=params.repetition_penalty,
         presence_penalty=params.presence_penalty,
         frequency_penalty=params.frequency_penalty,
+        logprobs=NO_LOGPROBS if params.logprobs is None else LOGPROB_KINDS[params.logprobs_mode],
         seed=params.seed or 0,
         bias=dict(params.logit_bias or {})
         | dict.fromkeys(params.banned_token_ids or (), -math.inf),

@@ -7,12 +7,11 @@ checkout: its package imports a GPU library at the top, so only three of its fil
 from __future__ import annotations
 
 import sys
-import time
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
-from millrace.perf.scheduler_driver import DRAWN, MakeDriver, Prompt, Size
+from millrace.perf.scheduler_driver import DRAWN, MakeDriver, Prompt, Size, timed
 
 BLOCK_SIZE = 256  # the only one that it takes
 
@@ -66,18 +65,13 @@ class NanoDriver:
 
         settings = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
         token_ids = prompt.tolist()
-        began = time.perf_counter_ns()
-        self._scheduler.add(Sequence(token_ids, settings))
-        return time.perf_counter_ns() - began
+        return timed(lambda: self._scheduler.add(Sequence(token_ids, settings)))[1]
 
     def step(self) -> int:
-        began = time.perf_counter_ns()
-        sequences, is_prefill = self._scheduler.schedule()
-        planned = time.perf_counter_ns() - began
+        (sequences, is_prefill), planned = timed(self._scheduler.schedule)
         self.num_drawn, drawn = len(sequences), [DRAWN] * len(sequences)
-        began = time.perf_counter_ns()
-        self._scheduler.postprocess(sequences, drawn, is_prefill)
-        return planned + time.perf_counter_ns() - began
+        _, applied = timed(lambda: self._scheduler.postprocess(sequences, drawn, is_prefill))
+        return planned + applied
 
     def cancel(self, number: int) -> int:
         raise NotImplementedError("nano-vllm ends no request before its time")

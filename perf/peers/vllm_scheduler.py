@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import json
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-from millrace.perf.scheduler_driver import BLOCK_SIZE, DRAWN, MakeDriver, Prompt, Size
+from millrace.perf.scheduler_driver import BLOCK_SIZE, DRAWN, MakeDriver, Prompt, Size, timed
 
 MODEL = {
     "architectures": ["LlamaForCausalLM"],
@@ -71,32 +70,27 @@ class VllmDriver:
     def submit(self, prompt: Prompt, max_tokens: int) -> int:
         number, token_ids = self._num_submitted, prompt.tolist()
         self._num_submitted += 1
-        began = time.perf_counter_ns()
-        self._scheduler.add_request(self._new_request(number, token_ids, max_tokens))
-        return time.perf_counter_ns() - began
+        new, add = self._new_request, self._scheduler.add_request
+        return timed(lambda: add(new(number, token_ids, max_tokens)))[1]
 
     def step(self) -> int:
         from vllm.v1.outputs import ModelRunnerOutput  # type: ignore[import-not-found]
 
-        began = time.perf_counter_ns()
-        plan = self._scheduler.schedule()
-        planned = time.perf_counter_ns() - began
+        plan, planned = timed(self._scheduler.schedule)
         ids = list(plan.num_scheduled_tokens)
         states = [self._scheduler.requests[name] for name in ids]
         drawn = [[DRAWN] if s.num_computed_tokens >= s.num_tokens else [] for s in states]
         self.num_drawn = sum(map(len, drawn))
         index = {name: row for row, name in enumerate(ids)}
         output = ModelRunnerOutput(req_ids=ids, req_id_to_index=index, sampled_token_ids=drawn)
-        began = time.perf_counter_ns()
-        self._scheduler.update_from_output(plan, output)
-        return planned + time.perf_counter_ns() - began
+        _, applied = timed(lambda: self._scheduler.update_from_output(plan, output))
+        return planned + applied
 
     def cancel(self, number: int) -> int:
         from vllm.v1.request import RequestStatus  # type: ignore[import-not-found]
 
-        began = time.perf_counter_ns()
-        self._scheduler.finish_requests(str(number), RequestStatus.FINISHED_ABORTED)
-        return time.perf_counter_ns() - began
+        end, reason = self._scheduler.finish_requests, RequestStatus.FINISHED_ABORTED
+        return timed(lambda: end(str(number), reason))[1]
 
 
 def _config(size: Size) -> Any:

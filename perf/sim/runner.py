@@ -67,6 +67,7 @@ class FakeRunner:
     def __init__(self, limits: Limits) -> None:
         self.block_size, self.window = limits.block_size, limits.window
         self.kv = np.full(limits.num_blocks * limits.block_size, POISON, np.int64)
+        self.host = np.full((limits.host_blocks, limits.block_size), POISON, np.int64)
         self.slots: dict[int, Sequence] = {}
         self.decoding: set[int] = set()
         self.drafting: dict[int, set[int]] = {}  # slots, by step not landed
@@ -76,7 +77,7 @@ class FakeRunner:
         """Check the plan against the mirrored state, compute it, and draw the tokens."""
         self._change_slots(plan)
         self._change_decoding(plan)
-        self._copy_blocks(plan.block_copies)
+        self._move_blocks(plan)
         work = [Work(c.slot, c.start, c.length, c.samples) for c in plan.prefill]
         for slot in sorted(self.decoding):
             computed = self.slots[slot].computed
@@ -108,7 +109,7 @@ class FakeRunner:
         self._readers.clear()
         self.drafting.clear()
         self.decoding.clear()
-        self.kv[:] = POISON
+        self.kv[:] = self.host[:] = POISON
 
     def holds(self, tokens: list[int], blocks: list[int]) -> bool:
         """Whether these blocks hold exactly the KV of these tokens, as far as they go."""
@@ -134,12 +135,17 @@ class FakeRunner:
             assert index == len(table), f"slot {slot}: block {index} comes after {len(table)}"
             table.append(block)
 
-    def _copy_blocks(self, copies: list[tuple[int, int]]) -> None:
-        """All are read before any is written."""
-        blocks = self.kv.reshape(-1, self.block_size)
+    def _move_blocks(self, plan: StepPlan) -> None:
+        """Out, across, in; of the copies all are read before any is written."""
+        blocks, copies = self.kv.reshape(-1, self.block_size), plan.block_copies
+        for block, place in plan.swap_outs:
+            self.host[place] = blocks[block]
         sources, destinations = [pair[0] for pair in copies], [pair[1] for pair in copies]
-        assert len(set(destinations)) == len(copies), f"a block is copied to twice: {copies}"
+        written = [*destinations, *(block for _, block in plan.swap_ins)]
+        assert len(set(written)) == len(written), f"blocks are moved to twice: {written}"
         blocks[destinations] = blocks[sources]
+        for place, block in plan.swap_ins:
+            blocks[block] = self.host[place]
 
     def _change_decoding(self, plan: StepPlan) -> None:
         leaves, joins = set(plan.decode_leaves), set(plan.decode_joins)

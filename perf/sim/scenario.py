@@ -24,6 +24,7 @@ FIRST_TOKEN_S = 2.0
 STEP_S, TOKEN_S, CONTEXT_TOKEN_S = 0.5, 0.05, 0.002  # of the device: weights, rows, KV
 GAP_CVS = [1.0, *(shape.gap_cv for shape in TRACES.values()), AZURE_CODE_GAP_CV]
 MANY = 1000  # requests: a world of more lasts, and is not all crowd
+A_STEP_S, A_TOKEN_S = 1.0, 0.1  # what the cost model is told
 
 
 def policy_of(name: str, limits: Limits) -> Policy:
@@ -92,7 +93,7 @@ def draw_scenario(rng: Random, max_requests: int) -> Scenario:
     window = rng.choice([None, None, None, 1, 3, 7])
     fewest = longest * 3 // 4 if window is None else longest // 3
     limits = Limits(
-        num_blocks=rng.randint(max(1, fewest), 2 * longest),
+        num_blocks=rng.randint(max(1, fewest), longest * 3 // 2),
         block_size=block_size,
         max_running=max_running,
         max_step_tokens=rng.randint(max_running, max_running + 20),
@@ -100,6 +101,8 @@ def draw_scenario(rng: Random, max_requests: int) -> Scenario:
         max_waiting_tokens=rng.choice([40, 10_000, 10_000]),
         max_context=None if window is None else max_prompt + max_tokens,
         prefix_caching=rng.random() < 0.8,
+        host_blocks=rng.choice([0, 4, 100, 100]),
+        block_copy_s=rng.choice([0.0, 0.0, A_TOKEN_S]),
         window=window,
     )
     policy = rng.choice(POLICIES)

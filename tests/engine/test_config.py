@@ -89,7 +89,6 @@ def test_an_empty_file_is_no_settings(yaml_file):
         ("max_waiting", 0),
         ("max_waiting_tokens", 0),
         ("max_step_tokens", 0),
-        ("max_step_tokens", 63),  # below max_running
         ("run_ahead", -1),
         ("block_size", 24),
         ("policy", "lottery"),

@@ -224,6 +224,7 @@ def sampling_case():
                 repetition_penalty=pick(1.0, 1.0, 1.3),
                 presence_penalty=pick(0.0, 0.0, 0.5),
                 frequency_penalty=pick(0.0, 0.3),
+                logprobs=slot % 3,
                 seed=number(1 << 62) * pick(1, -1),
                 stop_ids=ids(3),
                 min_position=pick(0, 0, 100),

@@ -26,6 +26,7 @@ from millrace.scheduler.priority import PriorityWithAging
 from millrace.scheduler.request_heap import RequestHeap
 from millrace.scheduler.scheduler import Scheduler
 from millrace.scheduler.slots import SlotTable
+from millrace.scheduler.swap import HostPool
 from millrace.scheduler.window import Window
 
 MAX_SEEDS = 300  # as many as an ordinary run of the simulation goes through
@@ -116,6 +117,31 @@ BUGS = {
     ),
     "an evicted tail can still be found": Bug(
         PrefixCache, "_forget", {"del self._tails[key[0]]": "pass"}
+    ),
+    # Swapping
+    "a request that ends while it is swapped out keeps its host blocks": Bug(
+        Scheduler, "finish", {"self._tables.host.drop(request)": "pass"}
+    ),
+    "blocks are swapped out a step late, when others have written them": Bug(
+        Scheduler,
+        "schedule",
+        {
+            "swap_outs=host.swap_outs": "swap_outs=host.__dict__.setdefault('late', [])",
+            "self._released, host.swap_outs = [], []": (
+                "self._released, host.late, host.swap_outs = [], host.swap_outs, []"
+            ),
+        },
+    ),
+    "more is taken for swapped in than was swapped out": Bug(
+        HostPool,
+        "swap_in",
+        {"min(swapped.num_tokens, request.num_known - 1)": "request.num_known - 1"},
+    ),
+    "swapped blocks are used though those before them are gone": Bug(
+        HostPool, "swap_in", {"swapped.first <= num_hits < end": "num_hits < end"}
+    ),
+    "host copies of lost steps are trusted": Bug(
+        Scheduler, "abandon", {"self._tables.host.lose(self.requests.values())": "pass"}
     ),
     # Windows
     "a block goes back while the window still holds its last position": Bug(
@@ -247,7 +273,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, bug: Bug) -> None:
 @pytest.mark.parametrize("name", BUGS)
 def test_the_simulation_catches(name, monkeypatch):
     plant(monkeypatch, BUGS[name])
-    with pytest.raises((AssertionError, LookupError)):
+    with pytest.raises((AssertionError, LookupError, ValueError)):
         for seed in range(MAX_SEEDS):
             simulate(seed)
 

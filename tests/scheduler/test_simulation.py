@@ -59,6 +59,7 @@ def test_the_worlds_are_as_rough_as_they_should_be():
         happened += world.tally()
         happened["copies"] += sum("copied [(" in line for line in world.log)
         happened["drafted"] += sum("drafts [[" in line for line in world.log)
+        happened["swapped in"] += world.scheduler._tables.host.num_swapped_in
         preemptions[world.scenario.policy] += world.scheduler.counters.preemptions
     for what in [*Finish, "refused", "preempted", "abandoned", "next turns", "clock jumps"]:
         assert happened[what] >= 20, happened

@@ -37,7 +37,7 @@ def request_of(slot, prompt, outputs=(), **params):
 
 
 def table_of(vocab):
-    table = RequestTable(SLOTS, MAX_CONTEXT, 16, vocab, scratch_block=99, device=CPU)
+    table = RequestTable(SLOTS, MAX_CONTEXT, 16, vocab, device=CPU)
     for field in dataclasses.fields(SlotSampling):  # what earlier requests left behind
         tensor = getattr(table.sampling, field.name)
         tensor[:SLOTS] = 77 if tensor.dtype == torch.int32 else True
@@ -96,7 +96,7 @@ def test_blocks_go_to_their_places_and_nowhere_else():
     assert table.block_table[0].tolist() == [11, 0, 12]
     assert table.block_table[5].tolist() == [0, 13, 0]
     assert table.block_table[1:5].eq(0).all()
-    assert table.block_table[SLOTS].eq(99).all()
+    assert table.block_table[SLOTS].eq(0).all()
 
 
 def test_a_plan_with_drafts_is_refused_and_names_their_slots():

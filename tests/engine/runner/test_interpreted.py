@@ -8,6 +8,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
@@ -28,6 +29,10 @@ pytestmark = [
 
 
 def tokens_of(world):
+    """Of three requests over a cache of NaN: what is read before it was written shows."""
+    kv = world.core._runner._step.kv
+    for cache in (*kv.keys, *kv.values):
+        cache.fill_(torch.nan)
     for index in range(3):
         temperature = 0.9 if index == 1 else 0.0
         prompt = list(range(34 + index, 38))
@@ -40,6 +45,10 @@ def test_triton_kernels_draw_the_tokens_of_torch(make_runner_world):
     padded = {"sizes": (4,), "run_ahead": 1}
     world = make_runner_world(max_running=4, attention_backend="triton", **padded)
     assert tokens_of(world) == expected
+    rows = [
+        cache.isfinite().all(dim=(2, 3)).sum().item() for cache in world.core._runner._step.kv.keys
+    ]
+    assert rows == [sum(4 - i + 2 for i in range(3))] * len(rows), "padding writes no row"
 
 
 @pytest.fixture
