@@ -175,13 +175,13 @@ def sample(
     params: SlotSampling,
     scored: bool = False,
 ) -> SampledTokens:
-    """As `sample_cpu`, a row at a time. It leaves no notes for the logprobs, `scored` or not."""
+    """As `sample_cpu`, a row at a time."""
     drawn = [
-        sample_cpu(logits[i : i + 1], slots[i : i + 1], positions[i : i + 1], params)
+        sample_cpu(logits[i : i + 1], slots[i : i + 1], positions[i : i + 1], params, scored)
         for i in range(len(slots))
     ]
     if not drawn:
-        return sample_cpu(logits, slots, positions, params)
+        return sample_cpu(logits, slots, positions, params, scored)
     return SampledTokens(
         torch.cat([row.token_ids for row in drawn]), torch.cat([row.ok for row in drawn])
     )

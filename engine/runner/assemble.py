@@ -153,8 +153,8 @@ def decode_calls(
         if not is_captured:
             return DirectCalls(step.decode)
         sizes, lengths = ladder(max_running), contexts(max_context)
-        recorder = CudaRecorder(placement.device)
-        graphs = Graphs(step.decode, sizes, lengths, recorder, step.addresses, progress)
+        ladders = (sizes, lengths, CudaRecorder(placement.device), step.addresses, progress)
+        graphs = Graphs(step.decode, *ladders, step.model.draw_rows)
         log.info("decode graphs take %.0f MiB", graphs.num_bytes / MIB)
         return graphs
 
