@@ -80,7 +80,8 @@ class Latencies:
     def mean_itl_s(self) -> np.ndarray:
         """By request; 0 where there was one token only."""
         spans: np.ndarray = np.nan_to_num(self.last_s - self.first_s)
-        return spans / np.maximum(self.drawn - 1, 1)
+        mean: np.ndarray = spans / np.maximum(self.drawn - 1, 1)
+        return mean
 
     def ttft(self) -> Quantiles:
         got = self.measured & (self.drawn > 0)
