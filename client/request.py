@@ -50,6 +50,8 @@ class Options(TypedDict, total=False):
     prompt_logprobs: int
     skip_special_tokens: bool
     timeout_ms: int
+    priority: int
+    tenant: str
     request_id: str
 
 

@@ -41,7 +41,7 @@ from millrace.engine.errors import (
 from millrace.engine.input import GenerationRequest, InputProcessor, Prompt, prompt_bytes
 from millrace.engine.live_requests import LiveRequests, RequestHandle
 from millrace.engine.outbox import Outbox, RequestOutput
-from millrace.engine.output import FinishedRequest, RequestProgress
+from millrace.engine.output import FinishedRequest, RequestProgress, refusal
 from millrace.engine.text.chat import ChatTemplate, load_chat_template
 from millrace.engine.text.tokenizer import Tokenizer, load_tokenizer
 from millrace.engine.weights.locate import ModelLocation, resolve
@@ -80,8 +80,10 @@ class AsyncEngine:
         self._on_stats = on_stats
         self._on_finish = on_finish
         self._default_timeout_s = config.default_timeout_s
-        self._max_sequences = BACKLOG_FACTOR * (config.max_running + config.max_waiting)
-        self._input = InputProcessor(tokenizer, chat_template, core.ready, config.seed)
+        self._max_sequences = BACKLOG_FACTOR * (core.ready.max_running + config.max_waiting)
+        self._input = InputProcessor(
+            tokenizer, chat_template, core.ready, config.seed, config.tenant_weights
+        )
         self._live = LiveRequests(core.send, on_finish)
         self._pool = ThreadPoolExecutor(TOKENIZER_THREADS, thread_name_prefix="tokenize")
         self._tokenizing_bytes = 0
@@ -131,7 +133,8 @@ class AsyncEngine:
         except BaseException as error:
             if handle.ended and isinstance(error, MillraceError):
                 return handle  # its outbox knows that it ended
-            self._live.withdraw(handle, _outcome(error))
+            outcome = _outcome(error)
+            self._live.withdraw(handle, outcome, refusal(error) if outcome == "refused" else "")
             raise
         return handle
 
@@ -143,11 +146,14 @@ class AsyncEngine:
         arrival_s = time.monotonic()
         try:
             self._admit(request, outbox)
-        except MillraceError:
+        except MillraceError as error:
             if self._on_finish is not None:
-                self._on_finish(FinishedRequest("refused", total_s=time.monotonic() - arrival_s))
+                total_s = time.monotonic() - arrival_s
+                self._on_finish(FinishedRequest("refused", total_s=total_s, refusal=refusal(error)))
             raise
-        progress = RequestProgress(request.params, self.tokenizer, arrival_s)
+        progress = RequestProgress(
+            request.params, self.tokenizer, arrival_s, request.priority, request.tenant
+        )
         return self._live.open(request.request_id, outbox, progress)
 
     def _admit(self, request: GenerationRequest, outbox: Outbox) -> None:
@@ -164,10 +170,10 @@ class AsyncEngine:
         # and this bounds the memory of all that is under way to it.
         if self._live.num_sequences + request.params.n > self._max_sequences:
             limit = f"at most {self._max_sequences} sequences under way"
-            raise Overloaded("the engine has too many requests under way", "", limit)
+            raise Overloaded("the engine has too many requests under way", "engine", limit)
         if self._tokenizing_bytes + prompt_bytes(request.prompt) > MAX_TOKENIZING_BYTES:
             limit = f"at most {MAX_TOKENIZING_BYTES} bytes of prompts to tokenize"
-            raise Overloaded("too many prompts wait to be tokenized", "", limit)
+            raise Overloaded("too many prompts wait to be tokenized", "tokenizer", limit)
 
     async def _tokenize(self, prompt: Prompt) -> npt.NDArray[np.int32]:
         size = prompt_bytes(prompt)

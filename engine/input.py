@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -17,7 +17,13 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from millrace.engine.config import MAX_PROMPT_BYTES, MAX_REQUEST_ID_BYTES
+from millrace.engine.config import (
+    MAX_PRIORITY,
+    MAX_PROMPT_BYTES,
+    MAX_REQUEST_ID_BYTES,
+    TENANT_LIMIT,
+    is_tenant,
+)
 from millrace.engine.core.messages import NewRequest, Ready
 from millrace.engine.errors import InvalidRequest, UnsupportedModel
 from millrace.engine.sampling_params import MAX_EOS_IDS, MAX_SEED, SamplingParams, validate
@@ -25,6 +31,7 @@ from millrace.engine.text.chat import ChatTemplate, Message
 from millrace.engine.text.tokenizer import Tokenizer
 
 TOKEN_BYTES = 4  # of one int32 id
+MAX_SHOWN_CHARS = 80  # of a bad value, in an error
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +71,8 @@ class GenerationRequest:
     prompt: Prompt
     params: SamplingParams
     timeout_s: float | None = None  # from arrival; the request ends with "deadline" then
+    priority: int = 0  # class, 0 to MAX_PRIORITY; 0 is the most urgent
+    tenant: str = ""  # whose it is; "": the nameless tenant's
 
 
 class InputProcessor:
@@ -75,8 +84,10 @@ class InputProcessor:
         chat_template: ChatTemplate | None,
         model: Ready,
         seed: int | None = None,
+        tenant_weights: Mapping[str, float] | None = None,
     ) -> None:
-        """`seed` fixes the seeds that are drawn for requests without one.
+        """`seed` fixes the seeds that are drawn for requests without one; tenants that are not in
+        `tenant_weights` have weight 1.
 
         Raises UnsupportedModel where the model has more ends of sequence than the device's table
         has room for beside a request's own stop tokens.
@@ -88,6 +99,7 @@ class InputProcessor:
         self._chat_template = chat_template
         self._model = model
         self._random = random.Random(seed)
+        self._tenant_weights = tenant_weights or {}
 
     def check(self, request: GenerationRequest) -> None:
         """Raise InvalidRequest for what is wrong whatever the prompt's tokens are. Cheap."""
@@ -97,6 +109,10 @@ class InputProcessor:
         timeout_s = request.timeout_s
         if timeout_s is not None and not 0.0 <= timeout_s < math.inf:  # NaN too
             _refuse("timeout_s", "in [0, inf)", str(timeout_s))
+        if not 0 <= request.priority <= MAX_PRIORITY:
+            _refuse("priority", f"in [0, {MAX_PRIORITY}]", str(request.priority))
+        if request.tenant and not is_tenant(request.tenant):
+            _refuse("tenant", TENANT_LIMIT, repr(request.tenant[:MAX_SHOWN_CHARS]))
         size = prompt_bytes(request.prompt)
         if size > MAX_PROMPT_BYTES:
             _refuse(_field(request.prompt), f"at most {MAX_PROMPT_BYTES} bytes", f"{size} bytes")
@@ -175,6 +191,9 @@ class InputProcessor:
                 arrival_s=arrival_s,
                 deadline_s=deadline_s,
                 leader=first_id if i > 0 else None,
+                priority=request.priority,
+                tenant=request.tenant,
+                weight=self._tenant_weights.get(request.tenant, 1.0),
             )
             for i in range(params.n)
         ]

@@ -24,7 +24,13 @@ from millrace.engine.core.messages import (
 )
 from millrace.engine.errors import MillraceError, RequestError, StepFailed
 from millrace.engine.outbox import Outbox, RequestOutput
-from millrace.engine.output import FinishedRequest, OutputDelta, RequestProgress, failure
+from millrace.engine.output import (
+    FinishedRequest,
+    OutputDelta,
+    RequestProgress,
+    failure,
+    refusal,
+)
 
 log = logging.getLogger(__name__)
 
@@ -94,11 +100,11 @@ class LiveRequests:
             self._sequences[sequence.id] = handle
             self._send(sequence)
 
-    def withdraw(self, handle: RequestHandle, outcome: FinishReason) -> None:
+    def withdraw(self, handle: RequestHandle, outcome: FinishReason, refusal: str = "") -> None:
         """Take back a request that could not be launched; its outbox hears nothing of it."""
         if not handle.ended:
             handle.ended = True
-            self._forget(handle, outcome)
+            self._forget(handle, outcome, refusal)
 
     # ------------------------------------------------------------ the way back
 
@@ -174,15 +180,18 @@ class LiveRequests:
         outcome: FinishReason | None = None  # the outputs tell
         if error is not None:
             outcome = "refused" if isinstance(error, RequestError) else "error"
-        self._forget(handle, outcome)
+        self._forget(handle, outcome, refusal(error) if outcome == "refused" else "")
 
-    def _forget(self, handle: RequestHandle, outcome: FinishReason | None) -> None:
+    def _forget(
+        self, handle: RequestHandle, outcome: FinishReason | None, refusal: str = ""
+    ) -> None:
         handle.outbox.remove(handle)
         self._handles.discard(handle)
         if not self._handles:
             self._idle.set()
         if self._on_finish is not None:
-            self._on_finish(handle.progress.finished_request(time.monotonic(), outcome))
+            finished = handle.progress.finished_request(time.monotonic(), outcome, refusal)
+            self._on_finish(finished)
 
     def _cancel_in_core(self, handle: RequestHandle, reason: FinishReason) -> None:
         """Cancel those of its sequences that run on; a stop string's Cancel is sent already."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
@@ -37,6 +37,7 @@ from millrace.engine.text.tokenizer import load_tokenizer
 from millrace.engine.weights.locate import resolve
 
 PromptLike = str | Mapping[str, Any]
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -82,7 +83,11 @@ class LLM:
         self._core, self.model = build_core(config, location)
         self._tokenizer = load_tokenizer(location)
         self._input = InputProcessor(
-            self._tokenizer, load_chat_template(location), self.model, config.seed
+            self._tokenizer,
+            load_chat_template(location),
+            self.model,
+            config.seed,
+            config.tenant_weights,
         )
         self._max_waiting = config.max_waiting
         self._next_id = 0
@@ -96,23 +101,32 @@ class LLM:
         prompts: PromptLike | Sequence[PromptLike],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
+        priority: int | Sequence[int] = 0,
+        tenant: str | Sequence[str] = "",
     ) -> list[RequestOutput]:
         """Complete each prompt: a string, or {"prompt_token_ids": [...]}, or {"prompt": "..."}.
 
-        One SamplingParams for all prompts, or one each. Raises InvalidRequest before anything
-        runs if any prompt or parameter cannot be served; outputs are in the order of the prompts.
+        One SamplingParams, priority (0 to 9, 0 is the most urgent) and tenant for all prompts, or
+        one each. Raises InvalidRequest before anything runs if any prompt or parameter cannot be
+        served; outputs are in the order of the prompts.
         """
         single = isinstance(prompts, str | Mapping)
         batch: Sequence[PromptLike] = [prompts] if single else prompts  # type: ignore[list-item,assignment]
-        return self._run([_as_prompt(prompt) for prompt in batch], sampling_params, use_tqdm)
+        asked = [_as_prompt(prompt) for prompt in batch]
+        return self._run(asked, sampling_params, use_tqdm, priority, tenant)
 
     def chat(
         self,
         messages: Sequence[Mapping[str, str]] | Sequence[Sequence[Mapping[str, str]]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
+        priority: int | Sequence[int] = 0,
+        tenant: str | Sequence[str] = "",
     ) -> list[RequestOutput]:
-        """Answer one conversation, or each of several, rendered by the model's chat template."""
+        """Answer one conversation, or each of several, rendered by the model's chat template.
+
+        The other arguments are those of `generate`.
+        """
         conversations: Any = (
             [messages] if messages and isinstance(messages[0], Mapping) else messages
         )
@@ -120,7 +134,7 @@ class LLM:
             ChatPrompt([Message(turn["role"], turn["content"]) for turn in conversation])
             for conversation in conversations
         ]
-        return self._run(prompts, sampling_params, use_tqdm)
+        return self._run(prompts, sampling_params, use_tqdm, priority, tenant)
 
     # ------------------------------------------------------------ running a batch
 
@@ -129,16 +143,18 @@ class LLM:
         prompts: Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None,
         show_progress: bool,
+        priority: int | Sequence[int],
+        tenant: str | Sequence[str],
     ) -> list[RequestOutput]:
-        if params is None:
-            params = SamplingParams()
-        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
-        if len(each) != len(prompts):
-            limit = f"one, or {len(prompts)}"
-            message = f"{len(each)} sampling_params for {len(prompts)} prompts"
-            raise InvalidRequest(message, "sampling_params", limit)
-        pairs = zip(prompts, each, strict=True)
-        prepared = [self._prepare(prompt, settings) for prompt, settings in pairs]
+        count = len(prompts)
+        each = zip(
+            prompts,
+            _one_each(params or SamplingParams(), SamplingParams, count, "sampling_params"),
+            _one_each(priority, int, count, "priority"),
+            _one_each(tenant, str, count, "tenant"),
+            strict=True,
+        )
+        prepared = [self._prepare(*asked) for asked in each]
         results = [output for output, _ in prepared]
         columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, disable=not show_progress, transient=True) as progress:
@@ -146,10 +162,14 @@ class LLM:
             self._drive(prepared, lambda: progress.advance(task))
         return results
 
-    def _prepare(self, prompt: Prompt, params: SamplingParams) -> tuple[RequestOutput, list[Any]]:
+    def _prepare(
+        self, prompt: Prompt, params: SamplingParams, priority: int, tenant: str
+    ) -> tuple[RequestOutput, list[Any]]:
         """Validate one prompt; returns its (empty) result and its sequences' NewRequests."""
         tokens = self._input.tokens(prompt)
-        request = GenerationRequest(str(self._next_id), prompt, params, None)
+        request = GenerationRequest(
+            str(self._next_id), prompt, params, priority=priority, tenant=tenant
+        )
         news = self._input.prepare(request, tokens, self._next_id, time.monotonic())
         self._next_id += len(news)
         outputs = [CompletionOutput(index) for index in range(len(news))]
@@ -213,6 +233,17 @@ class LLM:
             del live[delta.id]
             if all(output.finish_reason is not None for output in request.outputs):
                 done()
+
+
+def _one_each(given: T | Sequence[T], kind: type[T], count: int, field: str) -> Sequence[T]:
+    """One value for all prompts, or one for each."""
+    if isinstance(given, kind):
+        return [given] * count
+    values = cast(Sequence[T], given)
+    if len(values) != count:
+        message = f"{len(values)} values of {field} for {count} prompts"
+        raise InvalidRequest(message, field, f"one, or {count}")
+    return values
 
 
 def _as_prompt(prompt: PromptLike) -> Prompt:

@@ -11,7 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from millrace.engine.core.messages import Delta, FinishReason, TokenLogprobs
-from millrace.engine.errors import InvalidRequest, MillraceError, Overloaded, StepFailed
+from millrace.engine.errors import (
+    DuplicateRequest,
+    EngineUnavailable,
+    InvalidRequest,
+    MillraceError,
+    Overloaded,
+    RequestError,
+    StepFailed,
+)
 from millrace.engine.sampling_params import SamplingParams
 from millrace.engine.text.detokenizer import IncrementalDetokenizer
 from millrace.engine.text.stop import StopMatcher
@@ -84,6 +92,9 @@ class FinishedRequest:
     first_token_s: float | None = None  # arrival to the first token
     total_s: float = 0.0
     itl_s: Sequence[float] = ()  # between two deltas with tokens of one output
+    priority: int = 0
+    tenant: str = ""
+    refusal: str = ""  # with "refused": why, as `refusal` says
 
 
 class SequenceOutput:
@@ -154,9 +165,20 @@ class SequenceOutput:
 
 
 class RequestProgress:
-    """All outputs of one request, their counts and times. Times are of the monotonic clock."""
+    """All outputs of one request, their counts and times. Times are of the monotonic clock.
 
-    def __init__(self, params: SamplingParams, tokenizer: Tokenizer, arrival_s: float) -> None:
+    `priority` and `tenant` are for the metrics alone.
+    """
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        tokenizer: Tokenizer,
+        arrival_s: float,
+        priority: int = 0,
+        tenant: str = "",
+    ) -> None:
+        self._priority, self._tenant = priority, tenant
         self.sequences = [SequenceOutput(i, params, tokenizer) for i in range(params.n)]
         self.arrival_s = arrival_s
         self.prompt_tokens = 0  # set when they are known
@@ -201,7 +223,7 @@ class RequestProgress:
         )
 
     def finished_request(
-        self, now_s: float, outcome: FinishReason | None = None
+        self, now_s: float, outcome: FinishReason | None = None, refusal: str = ""
     ) -> FinishedRequest:
         """For the metrics; without an `outcome`, the worst of the outputs' finish reasons."""
         prefill_s = None
@@ -217,6 +239,9 @@ class RequestProgress:
             first_token_s=self._since_arrival(self._first_token_s),
             total_s=now_s - self.arrival_s,
             itl_s=self._gaps_s,
+            priority=self._priority,
+            tenant=self._tenant,
+            refusal=refusal,
         )
 
     def _worst_finish(self) -> FinishReason:
@@ -242,6 +267,23 @@ class RequestProgress:
         if self._last_token_s[index]:
             self._gaps_s.append(now_s - self._last_token_s[index])
         self._last_token_s[index] = now_s
+
+
+def refusal(error: BaseException | None) -> str:
+    """Why a request was refused, in a word of a fixed set, for the metrics; "" if it was not.
+
+    Of an overload, the limit that was reached: "max_waiting", for one.
+    """
+    match error:
+        case Overloaded():
+            return error.field
+        case DuplicateRequest():
+            return "duplicate"
+        case RequestError():
+            return "invalid"
+        case EngineUnavailable():
+            return "unavailable"
+    return ""
 
 
 def failure(delta: Delta) -> MillraceError | None:

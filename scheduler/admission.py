@@ -24,7 +24,7 @@ class Refused:
     """The request was not taken."""
 
     reason: str
-    field: str
+    field: str  # of the request, or of Limits, where it is the queue that is full
     limit: str
     retry_after_s: float = 0.0  # 0: it can never be taken
 
@@ -52,6 +52,8 @@ class Admission:
             return Refused("the prompt is empty", "prompt", "at least 1 token")
         if request.max_tokens < 1:
             return Refused(f"max_tokens is {request.max_tokens}", "max_tokens", "at least 1")
+        if request.lookahead < 0:
+            return Refused(f"lookahead is {request.lookahead}", "lookahead", "at least 0")
         if request.max_length > longest:
             reason = f"prompt and output may be {request.max_length} tokens, more than ever fit"
             return Refused(reason, "max_tokens", f"at most {longest} tokens of prompt and output")
@@ -59,14 +61,16 @@ class Admission:
             reason = f"the prompt has {prompt_tokens} tokens, more than the queue ever holds"
             return Refused(reason, "prompt", f"at most {self._max_waiting_tokens} tokens")
         if waiting >= self._max_waiting:
-            return self._busy(waiting, "requests", self._max_waiting)
+            return self._busy(waiting, "max_waiting", f"{self._max_waiting} waiting requests")
         if waiting_tokens + prompt_tokens > self._max_waiting_tokens:
-            return self._busy(waiting, "prompt tokens", self._max_waiting_tokens)
+            limit = f"{self._max_waiting_tokens} waiting prompt tokens"
+            return self._busy(waiting, "max_waiting_tokens", limit)
         expected_s = self.expected_wait_s(waiting)
         if self._max_wait_s is not None and expected_s > self._max_wait_s:
             reason = f"the wait would be about {expected_s:.1f} s"
             retry_s = min(MAX_RETRY_AFTER_S, max(FIRST_GUESS_S, expected_s - self._max_wait_s))
-            return Refused(reason, "queue", f"at most {self._max_wait_s:g} s of waiting", retry_s)
+            limit = f"at most {self._max_wait_s:g} s of waiting"
+            return Refused(reason, "max_wait_s", limit, retry_s)
         return Accepted()
 
     def expected_wait_s(self, waiting: int) -> float:
@@ -82,7 +86,7 @@ class Admission:
             self._has_rate = True
         self._last_end_s = now_s if waiting else None
 
-    def _busy(self, waiting: int, what: str, limit: int) -> Refused:
+    def _busy(self, waiting: int, field: str, limit: str) -> Refused:
         # Half the queue drained is room worth coming back for.
         wait_s = min(MAX_RETRY_AFTER_S, max(FIRST_GUESS_S, self._interval_s * waiting / 2))
-        return Refused("the queue is full", "queue", f"at most {limit} waiting {what}", wait_s)
+        return Refused("the queue is full", field, f"at most {limit}", wait_s)

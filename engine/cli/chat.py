@@ -12,10 +12,12 @@ from millrace.engine.cli.sampling import (
     DEFAULT_MAX_TOKENS,
     MaxTokens,
     MinP,
+    Priority,
     RepetitionPenalty,
     Stop,
     Target,
     Temperature,
+    Tenant,
     TopK,
     TopP,
 )
@@ -34,6 +36,8 @@ HINT = "/reset forgets the conversation, Ctrl-C stops an answer, Ctrl-D leaves"
 def chat(
     config: EngineConfig,
     target: Target = None,
+    priority: Priority = 0,
+    tenant: Tenant = "",
     system: System = None,
     max_tokens: MaxTokens = DEFAULT_MAX_TOKENS,
     temperature: Temperature = 0.7,
@@ -54,7 +58,7 @@ def chat(
         stop=stop or [],
         seed=config.seed,
     )
-    source = open_source(config, target)
+    source = open_source(config, target, priority, tenant)
     start: list[ChatTurn] = [("system", system)] if system else []
     Console().print(f"{source.name}: {HINT}", style="dim", highlight=False)
     _talk(source, start, params)

@@ -12,10 +12,12 @@ from millrace.engine.cli.sampling import (
     DEFAULT_MAX_TOKENS,
     MaxTokens,
     MinP,
+    Priority,
     RepetitionPenalty,
     Stop,
     Target,
     Temperature,
+    Tenant,
     TopK,
     TopP,
 )
@@ -31,6 +33,8 @@ def generate(
     config: EngineConfig,
     prompt: Prompt,
     target: Target = None,
+    priority: Priority = 0,
+    tenant: Tenant = "",
     max_tokens: MaxTokens = DEFAULT_MAX_TOKENS,
     temperature: Temperature = 1.0,
     top_p: TopP = 1.0,
@@ -51,7 +55,7 @@ def generate(
         seed=config.seed,
     )
     text = sys.stdin.read() if prompt == "-" else prompt
-    stream, _ = show(open_source(config, target), text, params)
+    stream, _ = show(open_source(config, target, priority, tenant), text, params)
     if stream.usage is not None:
         Console(stderr=True).print(str(stream.usage), style="dim", highlight=False)
 

@@ -20,9 +20,10 @@ CONNECT_TIMEOUT_S = 10.0
 class RemoteModel:
     """The model of the server at `target`."""
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str, priority: int = 0, tenant: str = "") -> None:
         """Ask it what it serves. Raises EngineUnavailable if it does not answer."""
         self._client = Client(target)
+        self._standing = Options(priority=priority, tenant=tenant)
         try:
             request = pb.GetModelRequest()
             model = self._client.inference.GetModel(request, timeout=CONNECT_TIMEOUT_S)
@@ -33,6 +34,7 @@ class RemoteModel:
 
     def stream(self, prompt: TextOrChat, params: SamplingParams) -> RemoteStream:
         options = _options(params)
+        options.update(self._standing)
         if isinstance(prompt, str):
             return RemoteStream(self._client.generate(prompt, **options))
         return RemoteStream(self._client.chat(prompt, **options))

@@ -1,4 +1,4 @@
-"""The sampling options that `generate` and `chat` share; sampling_params.py has their ranges."""
+"""The options that `generate` and `chat` share; sampling_params.py and input.py have the ranges."""
 
 from __future__ import annotations
 
@@ -14,6 +14,13 @@ Target = Annotated[
     typer.Option(
         metavar="HOST:PORT", help="ask this server instead of loading the model into this process"
     ),
+]
+Priority = Annotated[
+    int,
+    typer.Option(metavar="N", help="class at the --target: 0 is the most urgent, 9 the least"),
+]
+Tenant = Annotated[
+    str, typer.Option(metavar="NAME", help="whose request it is, to the --target; default: nobody")
 ]
 MaxTokens = Annotated[
     int, typer.Option(metavar="TOKENS", rich_help_panel=PANEL, help="length of an answer, at most")

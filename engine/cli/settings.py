@@ -72,6 +72,8 @@ def _config_file() -> inspect.Parameter:
 def _parameter(field: dataclasses.Field[Any]) -> inspect.Parameter:
     """One setting as a parameter whose default, None, means that it was not given."""
     kind = get_type_hints(EngineConfig)[field.name]
+    if field.name == "tenant_weights":
+        kind = str  # `load_config` reads it
     names = flag(field.name)
     if kind is bool:
         names += f"/--no-{names.removeprefix('--')}"

@@ -18,12 +18,17 @@ class Source(Protocol):
         """Start one answer to a text or to a conversation. Raises MillraceError."""
 
 
-def open_source(config: EngineConfig, target: str | None) -> Source:
-    """The server at `target`, or a model loaded into this process."""
+def open_source(
+    config: EngineConfig, target: str | None, priority: int = 0, tenant: str = ""
+) -> Source:
+    """The server at `target`, or a model loaded into this process.
+
+    `priority` and `tenant` are for the server; in this process, requests have nobody beside them.
+    """
     if target is not None:
         from millrace.engine.cli.remote import RemoteModel
 
-        return RemoteModel(target)
+        return RemoteModel(target, priority, tenant)
     from millrace.engine.cli.local import LocalModel
 
     return LocalModel(config)

@@ -29,6 +29,9 @@ class NewRequest(msgspec.Struct, tag="new", frozen=True):
     arrival_s: float
     deadline_s: float | None = None  # ended with "deadline" once this has passed
     leader: int | None = None  # id of the sibling whose prompt KV this one waits for and shares
+    priority: int = 0  # class; 0 is the most urgent
+    tenant: str = ""  # whose it is: tenants share no cached prefixes
+    weight: float = 1.0  # of the tenant, > 0: its share compared with others'
 
 
 class Cancel(msgspec.Struct, tag="cancel", frozen=True):
@@ -98,8 +101,10 @@ class StepStats(msgspec.Struct, array_like=True):
     preemptions: int = 0
     prefix_hit_tokens: int = 0
     prefix_query_tokens: int = 0  # prompt tokens looked up
-    step_s: float = 0.0  # launch to result
-    host_s: float = 0.0  # of which scheduling, applying and messages
+    evicted_blocks: int = 0  # cached ones whose room was needed
+    shed: int = 0  # requests whose deadline could no longer be met: ended while they waited
+    step_s: float = 0.0  # launching a step, and waiting for the tokens of the oldest
+    host_s: float = 0.0  # all else of the turn: scheduling, applying, messages
 
 
 class StepOutput(msgspec.Struct, tag="step"):

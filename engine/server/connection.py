@@ -18,6 +18,7 @@ from millrace.engine.async_engine import AsyncEngine
 from millrace.engine.errors import InvalidRequest, MillraceError, Overloaded, StepFailed
 from millrace.engine.outbox import Outbox, RequestOutput
 from millrace.engine.server import convert
+from millrace.engine.server.caller import caller_of
 from millrace.engine.server.status import INTERNAL, log_safe, unknown_id
 from millrace.v1 import inference_pb2 as pb
 
@@ -93,8 +94,8 @@ class Connection:
             request_id = convert.checked_request_id(proto.request_id)
             if self._outbox.num_live >= MAX_LIVE_REQUESTS:
                 limit = f"at most {MAX_LIVE_REQUESTS} live requests on a stream"
-                raise Overloaded("too many requests on this stream", "", limit)
-            request = convert.generation_request(proto, request_id, self._context.time_remaining())
+                raise Overloaded("too many requests on this stream", "stream", limit)
+            request = convert.generation_request(proto, request_id, caller_of(self._context))
             await self._engine.submit(request, self._outbox)
         except MillraceError as error:
             await self._refuse(proto.request_id, error)

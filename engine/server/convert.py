@@ -19,6 +19,7 @@ from millrace.engine.input import ChatPrompt, GenerationRequest, Prompt, TextPro
 from millrace.engine.outbox import RequestOutput
 from millrace.engine.output import OutputDelta, Summary
 from millrace.engine.sampling_params import MAX_LOGPROBS, LogprobsMode, SamplingParams
+from millrace.engine.server.caller import Caller
 from millrace.engine.server.status import MS, failure_of
 from millrace.engine.text.chat import Message
 from millrace.v1 import admin_pb2 as admin
@@ -49,14 +50,13 @@ _FINISH: dict[FinishReason, pb.FinishReason] = {
 
 
 def generation_request(
-    proto: pb.GenerateRequest, request_id: str, call_timeout_s: float | None
+    proto: pb.GenerateRequest, request_id: str, caller: Caller
 ) -> GenerationRequest:
-    """Return the request that `proto` asks for.
+    """Return the request that `proto` asks for on a call of `caller`.
 
-    `call_timeout_s` is what is left of the gRPC call's own deadline; the nearer of the two counts.
-    Raises InvalidRequest.
+    Of the request's deadline and the call's own, the nearer counts. Raises InvalidRequest.
     """
-    timeouts_s = [] if call_timeout_s is None else [call_timeout_s]
+    timeouts_s = [] if caller.timeout_s is None else [caller.timeout_s]
     if proto.HasField("timeout_ms"):
         timeouts_s.append(_timeout_s(proto.timeout_ms))
     return GenerationRequest(
@@ -64,12 +64,12 @@ def generation_request(
         prompt=to_prompt(proto.prompt),
         params=to_params(proto.sampling, proto.stopping, proto.response),
         timeout_s=min(timeouts_s, default=None),
+        priority=proto.priority,
+        tenant=caller.tenant_of(proto.tenant),
     )
 
 
-def score_request(
-    proto: pb.ScoreRequest, request_id: str, call_timeout_s: float | None
-) -> GenerationRequest:
+def score_request(proto: pb.ScoreRequest, request_id: str, caller: Caller) -> GenerationRequest:
     """Return the request whose prompt's log-probabilities answer `proto`.
 
     The engine knows no request without output: one greedy token is computed, and not reported.
@@ -77,7 +77,14 @@ def score_request(
     if not 0 <= proto.top_logprobs <= MAX_LOGPROBS:
         _refuse("top_logprobs", f"in [0, {MAX_LOGPROBS}]", str(proto.top_logprobs))
     params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=proto.top_logprobs)
-    return GenerationRequest(request_id, to_prompt(proto.prompt), params, call_timeout_s)
+    return GenerationRequest(
+        request_id=request_id,
+        prompt=to_prompt(proto.prompt),
+        params=params,
+        timeout_s=caller.timeout_s,
+        priority=proto.priority,
+        tenant=caller.tenant_of(proto.tenant),
+    )
 
 
 def drain_timeout_s(proto: admin.DrainRequest, default_s: float) -> float:

@@ -123,7 +123,7 @@ class Server:
         self._config = config
         self._command = command
         self._engine: AsyncEngine | None = None
-        self._metrics = Metrics()
+        self._metrics = Metrics(config.tenant_weights or ())
         self._health = health.aio.HealthServicer()
         self._http = HttpServer(
             {"/metrics": self._metrics_page, "/healthz": self._alive, "/readyz": self._ready}

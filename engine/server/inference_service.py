@@ -21,6 +21,7 @@ from millrace.engine.errors import InvalidRequest
 from millrace.engine.input import GenerationRequest
 from millrace.engine.outbox import Outbox, RequestOutput
 from millrace.engine.server import convert
+from millrace.engine.server.caller import caller_of
 from millrace.engine.server.connection import Connection
 from millrace.engine.server.status import FINISH_STATUS, REQUEST_ID_KEY, log_safe
 from millrace.engine.server.text_calls import TextCalls
@@ -40,7 +41,7 @@ class InferenceService(InferenceServicer):
     ) -> None:
         """Stream one request: a message for each step that has something to say."""
         request_id = convert.given_or_new_id(request.request_id)
-        wanted = convert.generation_request(request, request_id, context.time_remaining())
+        wanted = convert.generation_request(request, request_id, caller_of(context))
         finishes: set[FinishReason] = set()
         async with aclosing(self._outputs(wanted, context)) as outputs:
             async for output in outputs:
@@ -69,7 +70,7 @@ class InferenceService(InferenceServicer):
     ) -> pb.ScoreResponse:
         """Answer with the log-probabilities of the prompt's tokens."""
         request_id = convert.given_or_new_id("")
-        wanted = convert.score_request(request, request_id, context.time_remaining())
+        wanted = convert.score_request(request, request_id, caller_of(context))
         tokens: list[TokenLogprobs] = []
         finishes: set[FinishReason] = set()
         num_prompt_tokens = 0

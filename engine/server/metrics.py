@@ -6,7 +6,9 @@ it asks nobody anything, so a scrape can't disturb the engine. One registry a se
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from importlib.metadata import version
+from itertools import islice
 from typing import Any
 
 from prometheus_client import (
@@ -31,6 +33,8 @@ _LATENCY_S = (
     *(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75),
     *(1, 2, 3, 5, 7.5, 10, 20, 30, 60, 120, 300, 600, 1800),
 )
+MAX_TENANTS = 100  # with series of their own; a client can name any number
+OTHER_TENANTS = "other"
 _COUNTS = tuple(2**i for i in range(11))  # 1 .. 1024 requests
 _TOKENS = tuple(2**i for i in range(0, 16))  # 1 .. 32,768 tokens
 
@@ -40,7 +44,9 @@ class Metrics:
 
     content_type = CONTENT_TYPE_PLAIN_0_0_4
 
-    def __init__(self) -> None:
+    def __init__(self, tenants: Iterable[str] = ()) -> None:
+        """The first MAX_TENANTS of `tenants` have series of their own, all others share one."""
+        self._tenants = frozenset(islice(tenants, MAX_TENANTS))
         self._registry = CollectorRegistry()
         ProcessCollector(registry=self._registry)
         PlatformCollector(registry=self._registry)
@@ -51,10 +57,14 @@ class Metrics:
 
     def _make_request_metrics(self) -> None:
         self._requests = self._counter("requests", "Ended requests by outcome", ["outcome"])
+        self._refused = self._counter("refused", "Refused requests by reason", ["reason"])
         self._calls = self._counter("grpc_calls", "Ended gRPC calls by status", ["method", "code"])
         self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of ended requests")
         self._output_tokens = self._counter("output_tokens", "Output tokens of ended requests")
         self._cached_tokens = self._counter("cached_tokens", "Prompt tokens whose KV was reused")
+        self._tenant_tokens = self._counter(
+            "tenant_tokens", "Tokens of ended requests by tenant", ["tenant", "kind"]
+        )
         self._first_token = self._histogram(
             "time_to_first_token_seconds", "Arrival to first token", _LATENCY_S
         )
@@ -63,7 +73,7 @@ class Metrics:
         )
         self._total = self._histogram("e2e_latency_seconds", "Arrival to end", _LATENCY_S)
         self._queue = self._histogram(
-            "queue_seconds", "Arrival to first given to the device", _LATENCY_S
+            "queue_seconds", "Arrival to first given to the device", _LATENCY_S, ["priority"]
         )
         self._prefill = self._histogram(
             "prefill_seconds", "First given to the device to first token", _LATENCY_S
@@ -84,7 +94,13 @@ class Metrics:
         self._queries = self._counter(
             "prefix_query_tokens", "Prompt tokens looked up in the prefix cache"
         )
+        self._evicted = self._counter(
+            "prefix_evicted_blocks", "Cached KV blocks whose room was needed"
+        )
         self._preemptions = self._counter("preemptions", "Running requests put back in the queue")
+        self._shed = self._counter(
+            "shed", "Waiting requests ended since their deadline could not be met any more"
+        )
 
     def _counter(self, name: str, help: str, labels: list[str] | None = None) -> Counter:
         return Counter(f"millrace_{name}", help, labels or (), registry=self._registry)
@@ -92,8 +108,11 @@ class Metrics:
     def _gauge(self, name: str, help: str) -> Gauge:
         return Gauge(f"millrace_{name}", help, registry=self._registry)
 
-    def _histogram(self, name: str, help: str, buckets: Any) -> Histogram:
-        return Histogram(f"millrace_{name}", help, buckets=buckets, registry=self._registry)
+    def _histogram(
+        self, name: str, help: str, buckets: Any, labels: list[str] | None = None
+    ) -> Histogram:
+        name = f"millrace_{name}"
+        return Histogram(name, help, labels or (), buckets=buckets, registry=self._registry)
 
     def model_ready(self, model: Ready) -> None:
         """Note which model is served, and how."""
@@ -117,17 +136,20 @@ class Metrics:
         self._usage.set(stats.blocks_used / stats.blocks_total if stats.blocks_total else 0.0)
         self._hits.inc(stats.prefix_hit_tokens)
         self._queries.inc(stats.prefix_query_tokens)
+        self._evicted.inc(stats.evicted_blocks)
         self._preemptions.inc(stats.preemptions)
+        self._shed.inc(stats.shed)
 
     def request_finished(self, request: FinishedRequest) -> None:
         """Take one ended request; times are only counted for phases that it reached."""
         self._requests.labels(request.outcome).inc()
-        self._prompt_tokens.inc(request.prompt_tokens)
-        self._cached_tokens.inc(request.cached_tokens)
-        self._output_tokens.inc(request.output_tokens)
+        if request.refusal:
+            self._refused.labels(request.refusal).inc()
+        self._count_tokens(request)
         self._total.observe(request.total_s)
+        if request.queue_s is not None:
+            self._queue.labels(str(request.priority)).observe(request.queue_s)
         phases = (
-            (self._queue, request.queue_s),
             (self._prefill, request.prefill_s),
             (self._first_token, request.first_token_s),
         )
@@ -136,6 +158,16 @@ class Metrics:
                 histogram.observe(seconds)
         for gap_s in request.itl_s:
             self._gap.observe(gap_s)
+
+    def _count_tokens(self, request: FinishedRequest) -> None:
+        tenant = request.tenant if request.tenant in self._tenants else OTHER_TENANTS
+        for kind, total, tokens in (
+            ("prompt", self._prompt_tokens, request.prompt_tokens),
+            ("cached", self._cached_tokens, request.cached_tokens),
+            ("output", self._output_tokens, request.output_tokens),
+        ):
+            total.inc(tokens)
+            self._tenant_tokens.labels(tenant, kind).inc(tokens)
 
     def call_ended(self, method: str, code: str) -> None:
         """Take one gRPC call: its short method name and its status."""

@@ -44,7 +44,7 @@ class TextCalls:
         engine = self._engine()
         if self._num_calls >= MAX_CALLS:
             limit = f"at most {MAX_CALLS} calls to the tokenizer at once"
-            raise Overloaded("the tokenizer is busy", "", limit)
+            raise Overloaded("the tokenizer is busy", "tokenizer", limit)
         self._num_calls += 1
         try:
             return await asyncio.to_thread(call, _processor(engine), engine.tokenizer, *args)

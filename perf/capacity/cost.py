@@ -131,8 +131,7 @@ def fit(loads: Sequence[Load], seconds: Sequence[float]) -> tuple[Costs, float]:
 
 
 def _least_squares(rows: np.ndarray, times: np.ndarray) -> np.ndarray:
-    # A load that never came costs nothing that is known.
-    kept = np.flatnonzero(rows.any(axis=0))
+    kept = np.flatnonzero(rows.any(axis=0))  # a load that never came costs nothing that is known
     while True:
         scaled = rows[:, kept] / times[:, None]
         solution = np.linalg.lstsq(scaled, np.ones(len(times)), rcond=None)[0]

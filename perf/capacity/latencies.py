@@ -79,9 +79,9 @@ class Latencies:
     @property
     def mean_itl_s(self) -> np.ndarray:
         """By request; 0 where there was one token only."""
-        spans: np.ndarray = np.nan_to_num(self.last_s - self.first_s)
-        mean: np.ndarray = spans / np.maximum(self.drawn - 1, 1)
-        return mean
+        spans = np.nan_to_num(self.last_s - self.first_s)
+        means: np.ndarray = spans / np.maximum(self.drawn - 1, 1)
+        return means
 
     def ttft(self) -> Quantiles:
         got = self.measured & (self.drawn > 0)

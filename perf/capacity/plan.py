@@ -11,13 +11,15 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from millrace.engine.config import EngineConfig
-from millrace.engine.core.build import build_scheduler
+from millrace.engine.core.build import build_scheduler, limits_of
 from millrace.engine.errors import InvalidRequest, NotEnoughMemory
+from millrace.engine.runner.sizes import sizes_for
 from millrace.perf.capacity.cost import Assumptions, Measured, Roofline, load_measured
 from millrace.perf.capacity.hardware import gpu_named
 from millrace.perf.capacity.latencies import Objectives, Quantiles
@@ -27,7 +29,7 @@ from millrace.perf.capacity.virtual import VirtualServer
 from millrace.perf.capacity.workload import Workload
 from millrace.perf.plot import curve_chart
 from millrace.perf.sim.traffic import TRACES, Lengths, Shape
-from millrace.scheduler.scheduler import Scheduler
+from millrace.scheduler.scheduler import Limits, Scheduler
 
 BYTES = {"auto": 2, "bfloat16": 2, "float16": 2, "float32": 4, "fp8": 1}
 MS = 1000
@@ -141,8 +143,9 @@ def _assumed_server(asked: Asked, config: EngineConfig) -> tuple[VirtualServer, 
     cost = Roofline(shape, gpu, weight_bytes, kv_bytes, asked.assumed)
     num_blocks = _num_blocks(cost, config)
     max_context = min(config.max_context or shape.max_context, shape.max_context)
-    run_ahead = 1 if config.run_ahead is None else config.run_ahead
-    server = VirtualServer(_maker(config, num_blocks, max_context), cost, run_ahead)
+    sizes = sizes_for(config, torch.device("cuda"))
+    make = _maker(config, limits_of(config, sizes, num_blocks, max_context))
+    server = VirtualServer(make, cost, sizes.run_ahead)
     pool = num_blocks * config.block_size
     assumed = asked.assumed
     basis = [
@@ -153,8 +156,8 @@ def _assumed_server(asked: Asked, config: EngineConfig) -> tuple[VirtualServer, 
         f"Assumed, not measured: {assumed.memory_efficiency:.0%} of that bandwidth,"
         f" {assumed.matmul_efficiency:.0%} of that rate, {assumed.step_overhead_s * 1e6:.0f} us"
         f" more a step, {assumed.reserved_bytes / 1e9:.1f} GB for graphs and workspaces",
-        f"KV cache: {num_blocks} blocks, {pool} tokens; {config.max_running} slots,"
-        f" {config.max_step_tokens} tokens a step, policy {config.policy}",
+        f"KV cache: {num_blocks} blocks, {pool} tokens; {sizes.max_running} slots,"
+        f" {sizes.max_step_tokens} tokens a step, policy {config.policy}",
     ]
     return server, _longest(server), basis
 
@@ -163,7 +166,8 @@ def _measured_server(
     measured: Measured, config: EngineConfig
 ) -> tuple[VirtualServer, int, list[str]]:
     max_context = min(config.max_context or measured.max_context, measured.max_context)
-    make = _maker(config, measured.num_blocks, max_context)
+    sizes = sizes_for(config, torch.device(measured.device))
+    make = _maker(config, limits_of(config, sizes, measured.num_blocks, max_context))
     server = VirtualServer(make, measured, measured.run_ahead, measured.roughness)
     step, prefill, decode, context = (cost * 1e3 for cost in measured.costs_s)
     basis = [
@@ -171,7 +175,7 @@ def _measured_server(
         f" {step:.2f} ms, a prefill token {prefill:.3f}, a decode {decode:.3f},"
         f" a context token {context:.6f} ms; steps stray by {measured.sigma:.0%}",
         f"KV cache: {measured.num_blocks} blocks of {config.block_size} tokens;"
-        f" {config.max_running} slots, {config.max_step_tokens} tokens a step,"
+        f" {sizes.max_running} slots, {sizes.max_step_tokens} tokens a step,"
         f" policy {config.policy}",
     ]
     return server, _longest(server), basis
@@ -189,8 +193,8 @@ def _num_blocks(cost: Roofline, config: EngineConfig) -> int:
     return num_blocks
 
 
-def _maker(config: EngineConfig, num_blocks: int, max_context: int) -> Callable[[], Scheduler]:
-    return lambda: build_scheduler(config, num_blocks, max_context)
+def _maker(config: EngineConfig, limits: Limits) -> Callable[[], Scheduler]:
+    return lambda: build_scheduler(config, limits)
 
 
 def _longest(server: VirtualServer) -> int:

@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from millrace.engine.config import EngineConfig
-from millrace.engine.core.build import build_core, build_scheduler
+from millrace.engine.core.build import build_core, build_scheduler, limits_of
 from millrace.engine.core.loop import EngineCore
 from millrace.engine.core.messages import NewRequest, Ready, StepOutput
+from millrace.engine.runner.sizes import sizes_for
 from millrace.engine.sampling_params import SamplingParams
 from millrace.engine.weights.locate import resolve
 from millrace.perf.capacity.cost import Measured, fit
@@ -174,8 +176,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     run.seconds.clear()
     calibrate(run, args.seed)
     measured = measured_by(run, ready)
+    sizes = sizes_for(config, torch.device(ready.device))
+    limits = limits_of(config, sizes, ready.num_blocks, ready.max_context)
     server = VirtualServer(
-        lambda: build_scheduler(config, ready.num_blocks, ready.max_context),
+        lambda: build_scheduler(config, limits),
         measured,
         measured.run_ahead,
         measured.roughness,

@@ -24,6 +24,7 @@ FIRST_TOKEN_S = 2.0
 STEP_S, TOKEN_S, CONTEXT_TOKEN_S = 0.5, 0.05, 0.002  # of the device: weights, rows, KV
 GAP_CVS = [1.0, *(shape.gap_cv for shape in TRACES.values()), AZURE_CODE_GAP_CV]
 MANY = 1000  # requests: a world of more lasts, and is not all crowd
+A_STEP_S, A_TOKEN_S = 1.0, 0.1  # what the cost model is told
 
 
 def policy_of(name: str, limits: Limits) -> Policy:
@@ -68,6 +69,7 @@ class Scenario:
     sibling: float  # has the request before it for a leader
     stop: float
     failure: float
+    lookahead: float  # drafts its next tokens
     # Chances, by turn:
     cancel: float
     disconnect: float  # several are cancelled at once
@@ -88,14 +90,20 @@ def draw_scenario(rng: Random, max_requests: int) -> Scenario:
     load = rng.choice([0.3, 0.9, 1.5] if max_requests >= MANY else [0.3, 1.0, 10.0])
     load *= 0.2 if session else 1.0  # each of them comes back
     longest = -(-(max_prompt + max_tokens) // block_size)
+    window = rng.choice([None, None, None, 1, 3, 7])
+    fewest = longest * 3 // 4 if window is None else longest // 3
     limits = Limits(
-        num_blocks=rng.randint(max(1, longest * 3 // 4), 2 * longest),
+        num_blocks=rng.randint(max(1, fewest), longest * 3 // 2),
         block_size=block_size,
         max_running=max_running,
         max_step_tokens=rng.randint(max_running, max_running + 20),
         max_waiting=rng.choice([3, 100, 100]),
         max_waiting_tokens=rng.choice([40, 10_000, 10_000]),
+        max_context=None if window is None else max_prompt + max_tokens,
         prefix_caching=rng.random() < 0.8,
+        host_blocks=rng.choice([0, 4, 100, 100]),
+        block_copy_s=rng.choice([0.0, 0.0, A_TOKEN_S]),
+        window=window,
     )
     policy = rng.choice(POLICIES)
     return Scenario(
@@ -116,6 +124,7 @@ def draw_scenario(rng: Random, max_requests: int) -> Scenario:
         sibling=rng.choice([0.0, 0.3]),
         stop=rng.choice([0.0, 0.5]),
         failure=rng.choice([0.0, 0.2]),
+        lookahead=rng.choice([0.0, 0.0, 0.5, 1.0]),
         cancel=rng.choice([0.0, 0.05, 0.3]),
         disconnect=rng.choice([0.0, 0.0, 0.02]),
         abandon=rng.choice([0.0, 0.0, 0.02]),
@@ -135,6 +144,7 @@ def draw_request(
         seed=rng.randint(0, 1),
         stop_tokens=frozenset([0] if rng.random() < scenario.stop else []),
         fails_at=rng.randrange(max_tokens) if rng.random() < scenario.failure else None,
+        luck=rng.choice([0, 50, 90, 100]),
     )
     return Request(
         id=request_id,
@@ -148,6 +158,7 @@ def draw_request(
         weight=rng.choice([1.0, 1.0, 3.0]),
         leader=request_id - 1 if rng.random() < scenario.sibling else None,
         read_cache=rng.random() < 0.9,
+        lookahead=rng.randint(1, 5) if rng.random() < scenario.lookahead else 0,
     )
 
 

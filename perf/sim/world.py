@@ -27,6 +27,8 @@ from millrace.perf.sim.load import LoadCounter
 from millrace.perf.sim.patience import TURNS_A_TOKEN, TURNS_TO_SETTLE, Patience
 from millrace.perf.sim.runner import FakeRunner
 from millrace.perf.sim.scenario import (
+    A_STEP_S,
+    A_TOKEN_S,
     FIRST_TOKEN_S,
     MANY,
     draw_scenario,
@@ -36,8 +38,9 @@ from millrace.perf.sim.scenario import (
 from millrace.perf.sim.script import expected
 from millrace.perf.sim.shares import Shares
 from millrace.scheduler.admission import Accepted
+from millrace.scheduler.cost_model import CostModel, StepLoad
 from millrace.scheduler.invariants import check
-from millrace.scheduler.plan import Drawn, StepResult
+from millrace.scheduler.plan import Drawn, StepPlan, StepResult
 from millrace.scheduler.request import NO_SLOT, Finish, Request
 from millrace.scheduler.scheduler import Scheduler
 
@@ -55,9 +58,9 @@ class World:
         self.rng = rng
         self.scenario = draw_scenario(rng, max_requests)
         self.scheduler = Scheduler(
-            self.scenario.limits, policy_of(self.scenario.policy, self.scenario.limits)
+            self.scenario.limits, policy_of(self.scenario.policy, self.scenario.limits), CostModel()
         )
-        self.runner = FakeRunner(self.scenario.limits.num_blocks, self.scenario.limits.block_size)
+        self.runner = FakeRunner(self.scenario.limits)
         sheds = self.scenario.policy == "deadline"
         self.ledger = Ledger(sheds_ahead_s=FIRST_TOKEN_S if sheds else 0.0)
         self.in_flight: deque[StepResult] = deque()
@@ -126,12 +129,15 @@ class World:
             result = self.runner.execute(plan)
             self.num_steps += 1
             self.device.launch(self.loads.count(plan), self.clock.true_s)
+            self._measure(plan)
             self.in_flight.append(result)
             self._say(
                 f"step {plan.step} launched: {plan.num_decodes} decodes,"
+                f" drafts {plan.drafts.tolist()},"
                 f" prefill {[(chunk.slot, chunk.start, chunk.length) for chunk in plan.prefill]},"
                 f" admitted {[request.id for request in plan.admitted]},"
-                f" released slots {plan.released}, blocks {plan.block_appends}"
+                f" copied {plan.block_copies}, out {plan.swap_outs}, in {plan.swap_ins},"
+                f" released slots {plan.released}, blocks {plan.block_appends.tolist()}"
             )
         elif not self.in_flight:
             assert not self.scheduler.requests, "requests live, but nothing runs or is planned"
@@ -140,6 +146,12 @@ class World:
         shares.judge_spread(self.scheduler, self.scenario)
         return plan is not None
 
+    def _measure(self, plan: StepPlan) -> None:
+        prefill = plan.num_tokens - plan.num_decodes
+        load = StepLoad(prefill, plan.num_decodes, plan.context_tokens)
+        assert self.scheduler.cost is not None, "a world has one"
+        self.scheduler.cost.measured(load, A_STEP_S + prefill * A_TOKEN_S)
+
     def _land(self) -> None:
         result = self.in_flight.popleft()
         self.clock.wait_until(self.device.land())
@@ -147,7 +159,7 @@ class World:
         shares, live = Shares.look(self.scheduler), dict(self.scheduler.requests)
         drawn = self.scheduler.apply(result, self.now_s)
         shares.judge_drawn(self.scheduler, live, drawn)
-        tokens = dict(zip(drawn.request_ids.tolist(), drawn.token_ids.tolist(), strict=True))
+        tokens = list(zip(drawn.request_ids.tolist(), drawn.token_ids.tolist(), strict=True))
         self._say(f"step {result.step} applied: tokens {tokens}")
         self.ledger.drawn(drawn)
         self._settle()
@@ -246,6 +258,11 @@ class World:
             known = np.asarray(tokens, np.int32)
             blocks = self.scheduler.cache.match(known, request.tenant).tolist()
             assert self.runner.holds(tokens, blocks), f"wrong KV is cached for {tokens}"
+            partial = self.scheduler.cache.partial(known, np.asarray(blocks), request.tenant)
+            if partial is not None:
+                tail, end = partial[0], len(blocks) * self.runner.block_size + partial[1]
+                is_right = self.runner.holds(tokens[:end], [*blocks, tail])
+                assert is_right, f"wrong KV is in the tail {tail} of {tokens}"
 
 
 def simulate(seed: int, max_requests: int = MAX_REQUESTS) -> World:

@@ -54,13 +54,17 @@ def test_every_setting_can_come_from_each_place(monkeypatch, yaml_file):
         **{"host": "::1", "port": 11, "http_port": 12, "drain_timeout_s": 1.5},
         **{"default_timeout_s": 2.5, "seed": 13, "policy": "fair_share", "max_wait_s": 3.5},
         **{"priority_aging_s": 4.5, "itl_target_ms": 50.0, "run_ahead": 2},
+        **{"deterministic": True},
+        **{"tenant_weights": {"gold": 4.0, "acme:eu": 0.5}},
     }
     expected = EngineConfig(**values)
     assert set(values) == {field.name for field in dataclasses.fields(EngineConfig)}
     assert load_config(values) == expected
     lines = [f"{name.replace('_', '-')}: {value}" for name, value in values.items()]
     assert load_config({}, yaml_file("\n".join(lines))) == expected
-    for name, value in values.items():
+    spelled = values | {"tenant_weights": "gold=4,acme:eu=0.5"}
+    assert load_config(spelled) == expected
+    for name, value in spelled.items():
         monkeypatch.setenv(f"MILLRACE_{name.upper()}", str(value))
     assert load_config({}) == expected
 
@@ -85,13 +89,18 @@ def test_an_empty_file_is_no_settings(yaml_file):
         ("max_waiting", 0),
         ("max_waiting_tokens", 0),
         ("max_step_tokens", 0),
-        ("max_step_tokens", 63),  # below max_running
         ("run_ahead", -1),
         ("block_size", 24),
         ("policy", "lottery"),
         ("max_wait_s", -1.0),
         ("priority_aging_s", -1.0),
         ("itl_target_ms", -1.0),
+        ("tenant_weights", {"gold": 0.0}),
+        ("tenant_weights", {"gold": 1000.5}),
+        ("tenant_weights", {"gold": float("inf")}),
+        ("tenant_weights", {"two words": 1.0}),
+        ("tenant_weights", {"": 1.0}),
+        ("tenant_weights", {"x" * 65: 1.0}),
         ("kv_cache_memory", 0),
         ("gpu_memory_fraction", 0.0),
         ("gpu_memory_fraction", 1.01),
@@ -118,6 +127,9 @@ def test_a_value_out_of_range_is_refused_by_name(name, value):
         ("gpu_memory_fraction", "most"),
         ("prefix_caching", "maybe"),
         ("seed", "1.5"),
+        ("tenant_weights", "gold"),
+        ("tenant_weights", "gold=4,gold=2"),
+        ("tenant_weights", "gold=much"),
     ],
 )
 def test_a_value_of_the_wrong_type_is_refused_by_name(monkeypatch, yaml_file, name, text):

@@ -35,9 +35,10 @@ def inputs():
     return InputProcessor(ByteTokenizer(), Shouting(), MODEL, seed=1)
 
 
-def request(prompt=None, timeout_s=None, request_id="r", **params):
+def request(prompt=None, timeout_s=None, request_id="r", priority=0, tenant="", **params):
     prompt = TokenPrompt([1, 2, 3]) if prompt is None else prompt
-    return GenerationRequest(request_id, prompt, SamplingParams(**params), timeout_s)
+    sampling = SamplingParams(**params)
+    return GenerationRequest(request_id, prompt, sampling, timeout_s, priority, tenant)
 
 
 def prepare(inputs, asked, first_id=10, arrival_s=100.0):
@@ -130,6 +131,12 @@ def test_prompt_bytes_counts_what_came():
         (request(timeout_s=-1.0), "timeout_s"),
         (request(timeout_s=float("nan")), "timeout_s"),
         (request(timeout_s=float("inf")), "timeout_s"),
+        (request(priority=-1), "priority"),
+        (request(priority=10), "priority"),
+        (request(tenant="two words"), "tenant"),
+        (request(tenant="x" * 65), "tenant"),
+        (request(tenant="caf\u00e9"), "tenant"),
+        (request(tenant="a\n"), "tenant"),
         (request(TextPrompt("a" * (MAX_PROMPT_BYTES + 1))), "text"),
         (request(n=0), "n"),
         (request(n=10_000), "n"),
@@ -231,3 +238,12 @@ def test_drawn_seeds_are_fixed_by_the_engines_seed_and_differ():
     assert seeds(5) == seeds(5)
     assert len(set(seeds(5) + seeds(6) + seeds(None) + seeds(None))) == 16
     assert all(0 <= seed <= MAX_SEED for seed in seeds(None))
+
+
+def test_every_sample_carries_class_and_tenant_and_the_weight_is_the_servers(inputs):
+    weighing = InputProcessor(ByteTokenizer(), None, MODEL, tenant_weights={"gold": 4.0})
+    asked = request(priority=9, tenant="gold", n=2)
+    for new in prepare(weighing, asked):
+        assert (new.priority, new.tenant, new.weight) == (9, "gold", 4.0)
+    assert [new.weight for new in prepare(weighing, request(tenant="a:b/c@d.e_f-9"))] == [1.0]
+    assert [new.weight for new in prepare(inputs, request(tenant="gold"))] == [1.0]

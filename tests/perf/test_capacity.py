@@ -8,12 +8,14 @@ from random import Random
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from millrace.engine.cli.app import app
 from millrace.engine.config import EngineConfig
-from millrace.engine.core.build import build_scheduler
+from millrace.engine.core.build import build_scheduler, limits_of
 from millrace.engine.errors import InvalidRequest, NotEnoughMemory, UnsupportedModel
+from millrace.engine.runner.sizes import sizes_for
 from millrace.perf.capacity.cost import Assumptions, Roofline, fit, load_measured
 from millrace.perf.capacity.hardware import gpu_named
 from millrace.perf.capacity.latencies import Latencies, Objectives
@@ -149,7 +151,8 @@ def test_a_fit_has_no_negative_costs():
 def serve(requests: list[Request], run_ahead: int, max_running: int = 4, **settings: object):
     """Steps of a second, on a small server."""
     config = EngineConfig(max_running=max_running, max_step_tokens=64, **settings)
-    server = VirtualServer(lambda: build_scheduler(config, 100, 512), lambda load: 1.0, run_ahead)
+    limits = limits_of(config, sizes_for(config, torch.device("cpu")), 100, 512)
+    server = VirtualServer(lambda: build_scheduler(config, limits), lambda load: 1.0, run_ahead)
     return server.run(requests)
 
 
@@ -204,7 +207,7 @@ def test_a_request_is_good_if_both_its_times_are():
 # ---------------------------------------------------------------- answers
 
 
-CONFIG = EngineConfig(seed=1, max_context=1024)
+CONFIG = EngineConfig(seed=1, max_context=1024, max_running=64, max_step_tokens=512)
 
 
 def question(**changes: object) -> Question:

@@ -57,12 +57,17 @@ def test_the_worlds_are_as_rough_as_they_should_be():
     for seed in range(150):
         world = simulate(seed)
         happened += world.tally()
+        happened["copies"] += sum("copied [(" in line for line in world.log)
+        happened["drafted"] += sum("drafts [[" in line for line in world.log)
+        happened["swapped in"] += world.scheduler._tables.host.num_swapped_in
         preemptions[world.scenario.policy] += world.scheduler.counters.preemptions
     for what in [*Finish, "refused", "preempted", "abandoned", "next turns", "clock jumps"]:
         assert happened[what] >= 20, happened
     for policy in POLICIES:  # ran out of memory under each
         assert preemptions[policy] >= 5, preemptions
     assert happened["shed"] >= 5, happened
+    assert happened["copies"] >= 20, happened
+    assert happened["drafted"] >= 500, happened
     assert happened["hit tokens"] >= 1000, happened
     assert happened["steps"] >= 2000, happened
 

@@ -17,6 +17,7 @@ from millrace.engine.outbox import RequestOutput
 from millrace.engine.output import OutputDelta, Summary
 from millrace.engine.sampling_params import SamplingParams
 from millrace.engine.server import convert
+from millrace.engine.server.caller import Caller
 from millrace.engine.server.status import failure_of, unknown_id
 from millrace.engine.server.text_calls import TextCalls
 from millrace.engine.text.tokenizer import load_tokenizer
@@ -89,11 +90,13 @@ def converters(text_calls: TextCalls) -> dict[str, tuple[Message, Callable[[Any]
     return {
         "GenerateRequest": (
             pb.GenerateRequest(request_id="r", prompt=prompt),
-            lambda m: convert.generation_request(m, convert.given_or_new_id(m.request_id), None),
+            lambda m: convert.generation_request(
+                m, convert.given_or_new_id(m.request_id), Caller()
+            ),
         ),
         "ScoreRequest": (
             pb.ScoreRequest(prompt=prompt),
-            lambda m: convert.score_request(m, "r", None),
+            lambda m: convert.score_request(m, "r", Caller()),
         ),
         "TokenizeRequest": (
             pb.TokenizeRequest(prompt=prompt),
@@ -232,7 +235,7 @@ def test_failures_name_field_limit_and_when_to_retry() -> None:
 
 def params(**parts: Any) -> SamplingParams:
     return convert.generation_request(
-        pb.GenerateRequest(prompt=pb.Prompt(text="p"), **parts), "r", None
+        pb.GenerateRequest(prompt=pb.Prompt(text="p"), **parts), "r", Caller()
     ).params
 
 
@@ -277,7 +280,29 @@ def test_the_nearer_deadline_counts(
     timeout_ms: int | None, call_timeout_s: float | None, expected: float | None
 ) -> None:
     proto = pb.GenerateRequest(prompt=pb.Prompt(text="p"), timeout_ms=timeout_ms)
-    assert convert.generation_request(proto, "r", call_timeout_s).timeout_s == expected
+    caller = Caller(call_timeout_s)
+    assert convert.generation_request(proto, "r", caller).timeout_s == expected
+
+
+@pytest.mark.parametrize(
+    ("in_metadata", "in_field", "tenant"),
+    [("", "", ""), ("", "acme", "acme"), ("acme", "", "acme"), ("acme", "acme", "acme")],
+)
+def test_a_tenant_is_named_by_the_call_or_by_the_request(
+    in_metadata: str, in_field: str, tenant: str
+) -> None:
+    proto = pb.GenerateRequest(prompt=pb.Prompt(text="p"), tenant=in_field)
+    score = pb.ScoreRequest(prompt=pb.Prompt(text="p"), tenant=in_field)
+    caller = Caller(tenant=in_metadata)
+    assert convert.generation_request(proto, "r", caller).tenant == tenant
+    assert convert.score_request(score, "r", caller).tenant == tenant
+
+
+def test_a_request_cannot_speak_for_another_tenant_than_its_call() -> None:
+    proto = pb.GenerateRequest(prompt=pb.Prompt(text="p"), tenant="acme")
+    with pytest.raises(InvalidRequest) as caught:
+        convert.generation_request(proto, "r", Caller(tenant="other"))
+    assert caught.value.field == "tenant" and "'other'" in caught.value.limit
 
 
 @pytest.mark.parametrize("timeout_ms", [0, -1, 2**63 - 1, -(2**63)])
@@ -285,7 +310,7 @@ def test_a_timeout_out_of_range_is_refused(timeout_ms: int) -> None:
     for convert_it in (
         lambda: convert.drain_timeout_s(admin_pb2.DrainRequest(timeout_ms=timeout_ms), 1.0),
         lambda: convert.generation_request(
-            pb.GenerateRequest(prompt=pb.Prompt(text="p"), timeout_ms=timeout_ms), "r", None
+            pb.GenerateRequest(prompt=pb.Prompt(text="p"), timeout_ms=timeout_ms), "r", Caller()
         ),
     ):
         with pytest.raises(InvalidRequest) as caught:
@@ -302,7 +327,7 @@ def test_a_negative_top_k_is_refused(top_k: int) -> None:
 
 def test_a_prompt_is_required() -> None:
     with pytest.raises(InvalidRequest) as caught:
-        convert.generation_request(pb.GenerateRequest(), "r", None)
+        convert.generation_request(pb.GenerateRequest(), "r", Caller())
     assert caught.value.field == "prompt"
 
 

@@ -1,12 +1,20 @@
 """Metrics: each value that is fed comes out under its name."""
 
+import dataclasses
 import re
 
 from prometheus_client.parser import text_string_to_metric_families
 
 from millrace.engine.core.messages import Ready, StepStats
-from millrace.engine.output import FinishedRequest
-from millrace.engine.server.metrics import Metrics
+from millrace.engine.errors import (
+    DuplicateRequest,
+    EngineUnavailable,
+    InvalidRequest,
+    Overloaded,
+    StepFailed,
+)
+from millrace.engine.output import FinishedRequest, refusal
+from millrace.engine.server.metrics import MAX_TENANTS, Metrics
 
 STATS = StepStats(
     step=7,
@@ -20,6 +28,8 @@ STATS = StepStats(
     preemptions=1,
     prefix_hit_tokens=32,
     prefix_query_tokens=48,
+    evicted_blocks=5,
+    shed=2,
     step_s=0.004,
     host_s=0.001,
 )
@@ -33,6 +43,8 @@ FINISHED = FinishedRequest(
     first_token_s=0.3,
     total_s=0.5,
     itl_s=[0.1, 0.1],
+    priority=3,
+    tenant="acme",
 )
 
 
@@ -57,6 +69,8 @@ def test_a_step_sets_gauges_and_adds_counters() -> None:
     assert values["millrace_kv_blocks_cached"] == 10
     assert values["millrace_kv_usage_ratio"] == 0.25
     assert values["millrace_preemptions_total"] == 2
+    assert values["millrace_prefix_evicted_blocks_total"] == 10
+    assert values["millrace_shed_total"] == 4
     assert values["millrace_prefix_hit_tokens_total"] == 64
     assert values["millrace_prefix_query_tokens_total"] == 96
     assert values["millrace_step_seconds_count"] == 2
@@ -82,7 +96,7 @@ def test_a_finished_request_is_counted_by_outcome_with_its_times() -> None:
     assert values["millrace_output_tokens_total"] == 3
     assert values["millrace_time_to_first_token_seconds_sum"] == 0.3
     assert values["millrace_inter_token_latency_seconds_count"] == 2
-    assert values["millrace_queue_seconds_sum"] == 0.1
+    assert values["millrace_queue_seconds_sum[priority=3]"] == 0.1
     assert values["millrace_prefill_seconds_sum"] == 0.2
     assert values["millrace_e2e_latency_seconds_sum"] == 0.5
 
@@ -93,8 +107,46 @@ def test_a_request_that_never_ran_has_no_first_token() -> None:
     values = samples(metrics)
     assert values["millrace_requests_total[outcome=refused]"] == 1
     assert values["millrace_time_to_first_token_seconds_count"] == 0
-    assert values["millrace_queue_seconds_count"] == 0
+    assert not any(name.startswith("millrace_queue_seconds_count") for name in values)
     assert values["millrace_e2e_latency_seconds_count"] == 1
+
+
+def test_refusals_are_counted_by_reason() -> None:
+    metrics = Metrics()
+    for error in (
+        Overloaded("full", "max_waiting", "at most 1"),
+        InvalidRequest("bad", "top_p", "(0, 1]"),
+        DuplicateRequest("twice", "request_id", "unique"),
+        EngineUnavailable("draining"),
+    ):
+        metrics.request_finished(FinishedRequest("refused", refusal=refusal(error)))
+    values = samples(metrics)
+    for reason in ("max_waiting", "invalid", "duplicate", "unavailable"):
+        assert values[f"millrace_refused_total[reason={reason}]"] == 1
+    assert refusal(StepFailed("NaN")) == refusal(None) == ""
+
+
+def test_tokens_are_counted_by_the_configured_tenants_and_all_others_together() -> None:
+    metrics = Metrics(["acme", "idle"])
+    metrics.request_finished(FINISHED)
+    for index in range(1000):  # whatever names a client makes up
+        metrics.request_finished(dataclasses.replace(FINISHED, tenant=f"nobody-{index}"))
+    metrics.request_finished(dataclasses.replace(FINISHED, tenant=""))
+    values = samples(metrics)
+    tokens = {name: value for name, value in values.items() if "tenant_tokens_total" in name}
+    assert tokens == {
+        f"millrace_tenant_tokens_total[kind={kind}][tenant={tenant}]": requests * each
+        for kind, each in (("prompt", 12), ("cached", 8), ("output", 3))
+        for tenant, requests in (("acme", 1), ("other", 1001))
+    }
+
+
+def test_however_many_tenants_are_configured_the_series_are_bounded() -> None:
+    metrics = Metrics(f"tenant-{index}" for index in range(10 * MAX_TENANTS))
+    for index in range(10 * MAX_TENANTS):
+        metrics.request_finished(FinishedRequest("stop", tenant=f"tenant-{index}"))
+    names = {name for name in samples(metrics) if "tenant_tokens_total[kind=output]" in name}
+    assert len(names) == MAX_TENANTS + 1
 
 
 def test_calls_are_counted_by_method_and_status() -> None:

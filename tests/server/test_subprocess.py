@@ -6,8 +6,9 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 import pytest
@@ -50,7 +51,7 @@ def start(*flags: str) -> ServerProcess:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[ServerProcess]:
-    server = start()
+    server = start("--policy", "deadline", "--tenant-weights", "acme=2")
     yield server
     server.process.kill()
     server.process.wait()
@@ -128,13 +129,93 @@ def test_bad_input_leaves_the_server_alive(client: Client) -> None:
     assert client.generate(PROMPT, max_tokens=1).read() is not None
 
 
+def cached_tokens(client: Client, prompt: list[int], **options: Any) -> int:
+    stream = client.generate(prompt, max_tokens=1, temperature=0, **options)
+    stream.read()
+    assert stream.answer.summary is not None
+    return stream.answer.summary.usage.cached_tokens
+
+
+def test_a_tenant_finds_its_own_prompts_cached_and_never_anothers(client: Client) -> None:
+    prompt = list(range(1000, 1040))
+    assert cached_tokens(client, prompt, tenant="acme") == 0
+    assert cached_tokens(client, prompt, tenant="other") == 0
+    assert cached_tokens(client, prompt) == 0
+    for tenant in ("acme", "other", ""):
+        assert cached_tokens(client, prompt, tenant=tenant) == 32
+
+
+def test_what_was_scored_is_cached_for_its_tenant_alone(client: Client) -> None:
+    ids = list(range(2000, 2040))
+    score = pb.ScoreRequest(prompt=pb.Prompt(token_ids=pb.TokenIds(ids=ids)), tenant="acme")
+    client.inference.Score(score)
+    assert cached_tokens(client, ids) == 0
+    assert cached_tokens(client, ids, tenant="acme") == 32
+
+
+@pytest.mark.parametrize("kind", ["Generate", "Connect"])
+def test_a_calls_metadata_names_the_tenant(client: Client, kind: str) -> None:
+    ids = list(range(3000, 3040)) if kind == "Generate" else list(range(4000, 4040))
+    request = pb.GenerateRequest(
+        request_id="r",
+        prompt=pb.Prompt(token_ids=pb.TokenIds(ids=ids)),
+        stopping=pb.Stopping(max_tokens=1),
+    )
+    metadata = (("x-millrace-tenant", "acme"),)
+    if kind == "Generate":
+        list(client.inference.Generate(request, metadata=metadata))
+    else:
+        list(client.inference.Connect(iter([pb.ConnectRequest(submit=request)]), metadata=metadata))
+    assert cached_tokens(client, ids, tenant="other") == 0
+    assert cached_tokens(client, ids, tenant="acme") == 32
+
+
+def refusal(call: Callable[[], Any]) -> tuple[Any, str]:
+    with pytest.raises(grpc.RpcError) as caught:
+        call()
+    error: Any = caught.value
+    return error.code(), dict(error.trailing_metadata())["millrace-field"]
+
+
+def test_a_tenant_or_class_that_cannot_be_is_refused_by_name(client: Client) -> None:
+    def call(*tenants: str, **fields: Any) -> Callable[[], Any]:
+        request = pb.GenerateRequest(prompt=pb.Prompt(text="a"), **fields)
+        metadata = tuple(("x-millrace-tenant", tenant) for tenant in tenants)
+        return lambda: list(client.inference.Generate(request, metadata=metadata))
+
+    bad = grpc.StatusCode.INVALID_ARGUMENT
+    assert refusal(call(priority=10)) == (bad, "priority")
+    assert refusal(call(tenant="two words")) == (bad, "tenant")
+    assert refusal(call("two words")) == (bad, "tenant")
+    assert refusal(call("acme", tenant="other")) == (bad, "tenant")
+    assert refusal(call("acme", "acme")) == (bad, "x-millrace-tenant")
+
+
 def test_the_metrics_have_counted(server: ServerProcess, client: Client) -> None:
-    client.generate(PROMPT, max_tokens=2, ignore_eos=True).read()
+    """What needs memory to run out is fed to Metrics in test_metrics.py; here it stays at 0."""
+    client.generate(PROMPT, max_tokens=2, ignore_eos=True, tenant="acme", priority=4).read()
+    client.generate(PROMPT, max_tokens=2, ignore_eos=True, tenant="nobody-in-particular").read()
+    client.generate(PROMPT * 2, max_tokens=8, ignore_eos=True).read()  # steps enough for a model
+    for options in ({"timeout_ms": 2000}, {"priority": -1}):
+        with pytest.raises(CallFailed):
+            client.generate([5] * 8000, max_tokens=2, **options).read()  # type: ignore[arg-type]
+    page = served_metrics(server)
+    assert page['millrace_requests_total{outcome="length"}'] >= 3
+    assert page["millrace_kv_blocks_total"] > 0
+    assert page['millrace_queue_seconds_count{priority="4"}'] == 1
+    assert page['millrace_tenant_tokens_total{kind="output",tenant="acme"}'] >= 2
+    assert page['millrace_tenant_tokens_total{kind="output",tenant="other"}'] >= 2
+    assert page['millrace_refused_total{reason="invalid"}'] >= 1
+    assert page["millrace_shed_total"] >= 1
+    assert page["millrace_prefix_query_tokens_total"] > page["millrace_prefix_hit_tokens_total"] > 0
+    assert page["millrace_prefix_evicted_blocks_total"] == page["millrace_preemptions_total"] == 0
+
+
+def served_metrics(server: ServerProcess) -> dict[str, float]:
     with urllib.request.urlopen(server.metrics_url, timeout=10) as page:
-        text = page.read().decode()
-    count = re.search(r'^millrace_requests_total\{outcome="length"\} (\S+)', text, re.M)
-    assert count is not None and float(count[1]) >= 1
-    assert re.search(r"^millrace_kv_blocks_total [1-9]", text, re.M)
+        lines = page.read().decode().splitlines()
+    rows = (line.rpartition(" ") for line in lines if line.startswith("millrace_"))
+    return {name: float(value) for name, _, value in rows}
 
 
 def test_sigterm_lets_the_live_finish_and_exits_with_zero() -> None:
