@@ -136,6 +136,9 @@ def _assumed_server(asked: Asked, config: EngineConfig) -> tuple[VirtualServer, 
         raise InvalidRequest(message, "model_shape", "a shape and a GPU, or a measured file")
     shape, gpu = shape_named(asked.model_shape), gpu_named(asked.gpu)
     weight_bytes = BYTES[config.dtype]
+    if asked.kv_dtype not in BYTES:
+        limit = "one of " + ", ".join(BYTES)
+        raise InvalidRequest(f"kv_dtype must be {limit}", "kv_dtype", limit)
     kv_bytes = weight_bytes if asked.kv_dtype == "auto" else BYTES[asked.kv_dtype]
     cost = Roofline(shape, gpu, weight_bytes, kv_bytes, asked.assumed)
     num_blocks = _num_blocks(cost, config)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from millrace.perf.capacity.latencies import Objectives, Quantiles
 from millrace.perf.capacity.virtual import VirtualServer
 from millrace.perf.capacity.workload import Workload
-from millrace.perf.sim.load import Load
 
 PRECISION = 1.02  # the rate that is found, and the first one too high, differ by 2 %
+AT_ONCE = 1e9  # requests a second
 LEAST_RATE = 1e-3  # requests a second: what fails at this one fails for a request alone
 CURVE = (0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0)  # of the attainable rate
 
@@ -62,20 +64,25 @@ class Question:
         )
 
     def attainable_rate(self) -> float:
-        """The highest rate with enough good requests, to within PRECISION; 0: there is none."""
-        low = high = self.full_rate()
-        if self._is_met(low):
-            while self._is_met(high := 2.0 * low):
-                low = high
-        else:
-            while not self._is_met(low := high / 2.0):
-                high = low
-                if low < LEAST_RATE:
-                    return 0.0
+        """The highest rate with enough good requests, to within PRECISION; 0: there is none.
+
+        No more than can be sustained: a few requests may all be in time though far too many come,
+        if they are over before the queue has grown.
+        """
+        low = high = self.sustained_rate()
+        while not self._is_met(low):
+            high, low = low, low / 2.0
+            if low < LEAST_RATE:
+                return 0.0
         while high / low > PRECISION:
             middle = (low * high) ** 0.5
             low, high = (middle, high) if self._is_met(middle) else (low, middle)
         return low
+
+    def sustained_rate(self) -> float:
+        """Requests a second that a server gets done which never lacks any."""
+        latencies = self.server.run(self.workload.requests(AT_ONCE)).latencies
+        return float(latencies.is_whole.sum() / np.nanmax(latencies.last_s))
 
     def curve(self, attainable: float) -> list[Answer]:
         """From a light load to twice what is attainable."""
@@ -83,15 +90,3 @@ class Question:
 
     def _is_met(self, rate: float) -> bool:
         return self.at(rate).attainment >= self.attain
-
-    def full_rate(self) -> float:
-        """Requests a second that full slots would carry: where the search begins."""
-        lengths = self.workload.lengths
-        prompt = sum(prompt for prompt, _ in lengths) / len(lengths)
-        output = sum(output for _, output in lengths) / len(lengths)
-        slots = self.server.make_scheduler().limits.max_running
-        context = int(slots * (prompt + output / 2))
-        step_s = self.server.cost(Load(0, slots, slots, context, 0, 0))
-        empty_s = self.server.cost(Load(0, 0, 0, 0, 0, 0))
-        prompt_s = self.server.cost(Load(int(prompt), 0, 1, 0, int(prompt), 0)) - empty_s
-        return 1.0 / (output * step_s / slots + max(prompt_s, 0.0))

@@ -41,7 +41,7 @@ from millrace.scheduler.request import Request
 BURSTS = (1, 2, 4, 8, 12, 16)  # requests at once, of the run that is fitted
 PROMPT, OUTPUT = Lengths(4.0, 0.5), Lengths(3.0, 0.4)  # medians of 55 and 20 tokens
 LONGEST = 512
-UTILISATION = 0.6  # of what full slots would carry: the rate that is predicted
+UTILISATION = 0.6  # of what can be sustained: the rate that is predicted
 SETTINGS: dict[str, Any] = {"max_running": 16, "threads": 1, "prefix_caching": False}
 
 
@@ -162,7 +162,7 @@ def ratios(pairs: list[Any]) -> dict[str, float]:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--rate", type=float, help="requests a second; default: 60 %% of full")
+    parser.add_argument("--rate", type=float, help="requests a second (default: 60 %% of full)")
     parser.add_argument("--requests", type=int, default=60, help="of each repetition")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seed", type=int, default=1)
@@ -186,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     workload = Workload(PROMPT, OUTPUT, 1.0, args.requests, LONGEST, seed=args.seed)
     question = Question(server, workload, Objectives(1.0, 1.0), 0.99)
-    rate = args.rate or UTILISATION * question.full_rate()
+    rate = args.rate or UTILISATION * question.sustained_rate()
     seeds = range(args.seed, args.seed + args.repeats)
     pairs = [compare(run, server, rate, args.requests, seed) for seed in seeds]
     result = {
