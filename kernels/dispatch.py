@@ -6,6 +6,9 @@
     xformers    as triton, with attention by xformers; on CUDA only
     reference   the definitions: slow, for comparison
 
+Deterministic steps, where a row has the same bits in any batch: triton by its own matrix products
+alone, and torch on a CPU by `row_invariant_cpu.py`. The others choose by the number of rows.
+
 Everything above `kernels` calls through an `Operations` and never asks which device it is on.
 """
 
@@ -18,7 +21,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from millrace.kernels import activation, attention, attention_cpu, kv_append, matmul, norm
+from millrace.kernels import (
+    activation,
+    attention,
+    attention_cpu,
+    kv_append,
+    matmul,
+    norm,
+    row_invariant_cpu,
+)
 from millrace.kernels.drawn_logprobs import drawn_logprobs_cpu, drawn_logprobs_reference
 from millrace.kernels.logprobs import RawLogprobs, raw_logprobs_cpu, raw_logprobs_reference
 from millrace.kernels.sampling import SampledTokens, sample_reference
@@ -107,6 +118,17 @@ TORCH_ON_CPU = replace(
     drawn_logprobs=drawn_logprobs_cpu,
 )
 
+ROW_INVARIANT_ON_CPU = replace(
+    TORCH_ON_CPU,
+    rms_norm=row_invariant_cpu.rms_norm,
+    add_rms_norm=row_invariant_cpu.add_rms_norm,
+    silu_mul=row_invariant_cpu.silu_mul,
+    kv_append=row_invariant_cpu.append,
+    prepare_attention=row_invariant_cpu.prepare_queries,
+    pack_linear=row_invariant_cpu.pack_row_invariant,
+    sample=row_invariant_cpu.sample,
+)
+
 
 def operations(
     device: torch.device, attention_backend: str = "auto", deterministic: bool = False
@@ -122,6 +144,13 @@ def operations(
     on_gpu = device.type == "cuda"
     if attention_backend == "auto":
         attention_backend = "triton" if on_gpu else "torch"
+    if deterministic and attention_backend == "torch" and not on_gpu:
+        return ROW_INVARIANT_ON_CPU
+    if deterministic and attention_backend != "triton":
+        raise ValueError(
+            f"deterministic: attention_backend {attention_backend} on {device.type} gives a row "
+            "other bits in another batch; expected triton on CUDA, or torch on a CPU"
+        )
     if attention_backend == "reference":
         return REFERENCE
     if attention_backend == "torch":

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from millrace.scheduler.prefix_cache import BlockIds, PrefixCache
+from millrace.scheduler.prefix_cache import BlockIds, Node, PrefixCache
 
 
 class BlockPool:
@@ -55,14 +55,21 @@ class BlockPool:
 
     def share(self, blocks: BlockIds) -> None:
         """One more owner for each of these cached blocks."""
-        self._cache.wake(blocks[self.refs[blocks] == 0])
-        self.refs[blocks] += 1
+        if len(blocks):
+            self._cache.wake(blocks[self.refs[blocks] == 0])
+            self.refs[blocks] += 1
 
     def give_back(self, blocks: BlockIds) -> None:
         """One owner less. Last block first: the cache evicts in this order, leaves first."""
         self.refs[blocks] -= 1
         idle = blocks[::-1][self.refs[blocks[::-1]] == 0]
         self._put(self._cache.rest(idle))
+
+    def keep_tail(self, tokens: bytes, block: int, parent: Node) -> None:
+        """The prefix cache shall know a partly filled block that is about to be given back."""
+        displaced = self._cache.keep_tail(tokens, block, parent)
+        if displaced is not None:
+            self._put(np.array([displaced], np.int32))
 
     def flush(self) -> int:
         """Forget every idle cached block; returns how many."""

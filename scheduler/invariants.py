@@ -13,6 +13,7 @@ import numpy as np
 from millrace.scheduler.prefix_cache import Node, PrefixCache
 from millrace.scheduler.request import NO_SLOT, Request
 from millrace.scheduler.scheduler import Scheduler
+from millrace.scheduler.window import blocks_for
 
 
 class InvariantViolated(AssertionError):
@@ -26,8 +27,10 @@ def check(scheduler: Scheduler) -> None:
     _check_closing(scheduler)
     _check_block_conservation(scheduler)
     _check_cache(scheduler)
+    _check_host(scheduler)
+    keys = _keys(scheduler.cache)
     for request in _owners(scheduler):
-        _check_table(scheduler, request)
+        _check_table(scheduler, request, keys)
         if not request.is_closing:
             _check_progress(scheduler, request)
 
@@ -49,7 +52,7 @@ def _check_slots(scheduler: Scheduler) -> None:
     _require(slots == list(range(len(scheduler._slots.requests))), f"slots free or owned: {slots}")
     released = scheduler._released
     _require(len(set(released)) == len(released), f"released twice: {released}")
-    decoding = set(scheduler._slots.decodes.nonzero()[0].tolist())
+    decoding = set(scheduler._slots.streams().nonzero()[0].tolist())
     prefilling = set(scheduler._prefilling)
     _require(not decoding & prefilling, f"slots in two roles: {decoding & prefilling}")
     _require(decoding | prefilling <= owned, f"roles {decoding | prefilling}, owned {owned}")
@@ -99,7 +102,7 @@ def _check_closing(scheduler: Scheduler) -> None:
     for step, requests in scheduler._closing.items():
         _require(step > scheduler._applied, f"step {step} is applied, its closing requests remain")
         slots = [request.slot for request in requests]
-        is_last = all(scheduler._last_step(slot) == step for slot in slots)
+        is_last = all(scheduler._decodes.last_step(slot) == step for slot in slots)
         _require(is_last, f"slots {slots} close with step {step}, not with their last one")
     coming = sum(len(scheduler.blocks_of(request)) for request in closing)
     _require(scheduler._coming_blocks == coming, f"{coming} blocks are coming")
@@ -123,8 +126,7 @@ def _check_block_conservation(scheduler: Scheduler) -> None:
 def _check_cache(scheduler: Scheduler) -> None:
     """Keys and blocks map one to one; parents are cached and rest after their children."""
     cache = scheduler.cache
-    keys = {block: key for block, key in enumerate(cache._key) if key is not None}
-    _require(cache._child == {key: block for block, key in keys.items()}, "keys and blocks differ")
+    keys = _keys(cache)
     marked = np.flatnonzero(cache._is_cached).tolist()
     _require(marked == sorted(keys), f"marked as cached: {marked}, in the index: {sorted(keys)}")
     age = {block: age for age, block in enumerate(cache._idle)}
@@ -138,29 +140,56 @@ def _check_cache(scheduler: Scheduler) -> None:
             _require(is_idle, f"block {block} is referenced, its parent is not")
             in_order = age[block] < age[parent]
             _require(in_order, f"block {block} would be evicted after its parent")
-    _check_leaps(cache)
 
 
-def _check_leaps(cache: PrefixCache) -> None:
-    """A leap leads where its blocks lead one by one, and goes with the last of them."""
-    leaps = {start for start in cache._leap_from if start is not None}
-    _require(leaps == cache._leaps.keys(), "leaps and the blocks that they lead to differ")
-    for start, (tokens, blocks) in cache._leaps.items():
-        keys = [key for key in (cache._key[block] for block in blocks) if key is not None]
-        parents = [parent for parent, _ in keys]
-        _require(parents == [start, *blocks[:-1]], f"leap over {list(blocks)}: broken chain")
-        on_the_way = b"".join(edge for _, edge in keys)
-        _require(on_the_way == tokens, f"leap over {list(blocks)}: other tokens")
-        _require(cache._leap_from[blocks[-1]] == start, f"leap over {list(blocks)}: outlives it")
+def _check_host(scheduler: Scheduler) -> None:
+    """A host block is free, or belongs to one request that has yielded and waits."""
+    host = scheduler._tables.host
+    swapped = [request for request in scheduler.requests.values() if request.swapped is not None]
+    places = [place for request in swapped if request.swapped for place in request.swapped.places]
+    blocks = sorted([*host._free, *places])
+    _require(blocks == list(range(host.num_blocks)), f"host blocks free or held: {blocks}")
+    for request in swapped:
+        waits = request.slot == NO_SLOT and request.num_preemptions > 0
+        _require(waits, f"request {request.id} is swapped out, and has not yielded")
+    pending = {place for _, place in host.swap_outs}
+    _require(pending <= set(places), f"host blocks {pending - set(places)} are written for nobody")
 
 
-def _check_table(scheduler: Scheduler, request: Request) -> None:
+def _keys(cache: PrefixCache) -> dict[int, tuple[Node, bytes]]:
+    """Each cached block's parent and tokens, by its edge or as a tail; no two are the same."""
+    keys, size = {}, cache._block_bytes
+    for key, edge in cache._edges.items():
+        where = f"edge {list(edge.blocks)}"
+        _require(0 < len(edge.blocks) <= cache.longest_edge, f"{where}: so many blocks")
+        _require(key == edge.key == (key[0], edge.tokens[:size]), f"{where}: another's key")
+        parent = key[0]
+        for place, block in enumerate(edge.blocks):
+            _require(cache._edge[block] is edge, f"{where}: {block} is thought to be elsewhere")
+            keys[block] = (parent, edge.tokens[place * size : (place + 1) * size])
+            parent = block
+    num_on_edges = sum(len(edge.blocks) for edge in cache._edges.values())
+    _require(len(keys) == num_on_edges, "a block is on two edges")
+    tails = {parent: block for block, (parent, _) in cache._tail_key.items()}
+    _require(tails == cache._tails, "tails and blocks differ")
+    _require(not keys.keys() & cache._tail_key.keys(), "a tail is on an edge")
+    keys |= cache._tail_key
+    _require(len(set(keys.values())) == len(keys), "two blocks have one key")
+    return keys
+
+
+def _check_table(
+    scheduler: Scheduler, request: Request, keys: dict[int, tuple[Node, bytes]]
+) -> None:
     """Its cached blocks are a prefix of the table, hold its own tokens, and are never written."""
     cache, size, slots = scheduler.cache, scheduler.limits.block_size, scheduler._slots
     table, chain = scheduler.blocks_of(request).tolist(), slots.chains[request.slot]
     _require(len(set(table)) == len(table), f"request {request.id}: block twice")
     length = int(slots.computed[request.slot])
-    _require(length <= len(table) * size, f"request {request.id}: past its last block")
+    first, end = int(slots.num_gone[request.slot]), slots.end_block(request.slot)
+    _require(length <= end * size, f"request {request.id}: past its last block")
+    has_none = chain.num_blocks == 0 and chain.is_closed
+    _require(first == 0 or has_none, f"request {request.id}: its chain is broken off")
     tokens = slots.tokens(request.slot)
     parent: Node = request.tenant
     first_private = min(length, len(tokens)) // size
@@ -174,7 +203,7 @@ def _check_table(scheduler: Scheduler, request: Request) -> None:
             continue
         _require(index < first_private, f"{where}: cached before it is full")
         key = (parent, tokens[index * size : (index + 1) * size].tobytes())
-        _require(cache._key[block] == key, f"{where}: cached as other tokens")
+        _require(keys[block] == key, f"{where}: cached as other tokens")
         parent = block
 
 
@@ -185,7 +214,9 @@ def _check_progress(scheduler: Scheduler, request: Request) -> None:
     if slot in scheduler._prefilling:
         _require(request.num_computed == length, f"{where}: computed {length} tokens")
         _require(length < request.num_known, f"{where}: prefills all of its tokens again")
-        held = scheduler._blocks_for(request.num_known)
+        most = scheduler._tables.to_begin(request.num_known)
+    elif request.lookahead:
+        return _check_drafts(scheduler, request)
     else:
         end = request.max_length - 1  # the last token's KV is never computed
         is_right = (length < end) if scheduler._slots.decodes[slot] else (length == end)
@@ -193,6 +224,33 @@ def _check_progress(scheduler: Scheduler, request: Request) -> None:
         in_flight = length + 1 - len(scheduler._slots.tokens(slot))
         launched = scheduler._step - scheduler._applied
         _require(0 <= in_flight <= launched, f"{where}: {in_flight} tokens in flight")
-        held = scheduler._blocks_for(length)
-    table = scheduler.blocks_of(request)
-    _require(len(table) == held, f"{where}: {len(table)} blocks, not {held}")
+        most = blocks_for(length, scheduler.limits.block_size)
+    _check_held(scheduler, request, length, most, most)
+
+
+def _check_held(scheduler: Scheduler, request: Request, length: int, least: int, most: int) -> None:
+    """It holds all that is read from here on, and nothing ahead."""
+    window = scheduler._tables.window
+    where, held = f"request {request.id}", len(scheduler.blocks_of(request))
+    if window is None:
+        _require(least <= held <= most, f"{where}: {held} blocks, not {least} to {most}")
+        return
+    _require(held <= most, f"{where}: {held} blocks, more than {most}")
+    first = int(scheduler._slots.num_gone[request.slot])
+    _require(first <= window.first_needed(length), f"{where}: block {first} is needed, and gone")
+
+
+def _check_drafts(scheduler: Scheduler, request: Request) -> None:
+    """The same of one that drafts: how many of the tokens in flight it keeps is not known yet."""
+    slot, where, slots = request.slot, f"request {request.id}", scheduler._slots
+    length, end = int(slots.computed[slot]), request.max_length - 1
+    is_in_flight = any(slot in drafts[:, 0] for drafts in scheduler._drafts.values())
+    is_ready = bool(slots.speculates[slot])
+    _require(not slots.decodes[slot], f"{where}: drafts, and decodes")
+    _require(is_ready != (is_in_flight or length == end), f"{where}: {is_ready=}, {is_in_flight=}")
+    in_flight = length + 1 - len(slots.tokens(slot))
+    launched = scheduler._step - scheduler._applied
+    _require(0 <= in_flight <= launched + request.lookahead, f"{where}: {in_flight} in flight")
+    size = scheduler.limits.block_size
+    most = blocks_for(min(length + request.lookahead, end), size)
+    _check_held(scheduler, request, length, blocks_for(length, size), most)

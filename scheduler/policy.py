@@ -45,7 +45,7 @@ class Policy(Protocol):
         """This request has ended or yielded, and gives up its slot."""
 
     def drew(self, slots: Slots) -> None:
-        """One token for each of these slots."""
+        """A token for each of these slots; one may come several times."""
 
     def hopeless(self, now_s: float) -> Request | None:
         """A waiting request that is not worth starting any more."""
@@ -53,12 +53,23 @@ class Policy(Protocol):
     def victim(self, running: Iterable[Request]) -> Request:
         """Of these (at least one), the request that yields its blocks."""
 
+    def is_pressing(self) -> bool:
+        """The head shall wait neither for a slot nor for prompts that have begun before it."""
+
+    def makes_room(self, running: Iterable[Request]) -> Request | None:
+        """Of these, the request that yields to a pressing head; None: the head has to wait."""
+
+    def in_order(self, begun: list[Request]) -> list[Request]:
+        """These have begun their prompts: in which order they go on with what a step offers."""
+
 
 class Ordered:
     """A policy that is one key a request, known when it arrives: the least is next.
 
     A preempted request keeps its key, so it returns as soon as anyone like it. The greatest key
-    yields: so the request with the least gets on whatever happens, and there is always progress.
+    yields, of those that have not yielded MAX_YIELDS times: these yield only to each other, and the
+    least key of them gets on whatever happens. So there is always progress, and nobody starts again
+    and again for the sake of others that are a little ahead.
     """
 
     def __init__(self) -> None:
@@ -93,7 +104,19 @@ class Ordered:
         return None
 
     def victim(self, running: Iterable[Request]) -> Request:
-        return max(running, key=lambda request: (self.key(request), request.arrival))
+        return max(running, key=self._readiness_to_yield)
+
+    def _readiness_to_yield(self, request: Request) -> tuple[bool, float, int]:
+        return request.num_preemptions < MAX_YIELDS, self.key(request), request.arrival
+
+    def is_pressing(self) -> bool:
+        return False
+
+    def makes_room(self, running: Iterable[Request]) -> Request | None:
+        return None
+
+    def in_order(self, begun: list[Request]) -> list[Request]:
+        return begun
 
 
 class FirstComeFirstServed(Ordered):

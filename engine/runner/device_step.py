@@ -8,6 +8,7 @@ A row goes on where its slot stands: position p = computed[slot] is computed fro
 the drawn token is written to tokens[slot, p + 1], and computed moves to p + 1. A slot that has
 ended (it drew a stop token, or none could be drawn) stays where it is: it computes the same
 position into the same place again. So steps that were launched before the host knew do no harm.
+Rows that pad a batch belong to the scratch slot, and write nothing to the cache.
 
 R rows, T tokens, N rows that draw, V vocabulary, P tokens per block.
 """
@@ -24,6 +25,8 @@ from millrace.engine.runner.request_table import RequestTable, Views
 from millrace.kernels.attention import AttentionBatch
 from millrace.kernels.dispatch import Operations
 
+PADDING = -1  # in place of a row of the cache: kernels/kv_append.py writes none
+
 
 class DeviceStep:
     """One model's step over one table and one KV cache."""
@@ -34,7 +37,7 @@ class DeviceStep:
         self.model = model
         self.table = table
         self.operations = operations
-        self._kv = kv
+        self.kv = kv
         self.num_blocks, self._block_size = kv.keys[0].shape[:2]
         max_rows = table.drawn.shape[1]
         self._query_start = torch.arange(
@@ -60,9 +63,8 @@ class DeviceStep:
             num_decodes=shape.rows,
         )
         hidden = self._forward(slots, positions, attention)
-        logits = self.model.logits(hidden)
         going = ~table.ended[slots]  # as of before this draw
-        scored = self._draw(logits, slots, positions + 1, num_top)
+        scored = self._draw(hidden, slots, positions + 1, num_top, shape.plain)
         table.computed[slots] = positions + going
         return scored
 
@@ -74,10 +76,12 @@ class DeviceStep:
         max_query: int,
         max_context: int,
         num_top: int | None = None,
+        plain: bool = False,
     ) -> tuple[torch.Tensor, ScoredTokens | None]:
         """The rows of `ChangePacker.chunk_rows`: `num_decodes` decoding ones, then the chunks.
 
-        Returns the hidden states [T, E], and what `decode` returns of the rows that drew.
+        `plain` is of the rows that draw, as in StepShape. Returns the hidden states [T, E], and
+        what `decode` returns of the rows that drew.
         """
         table, slots = self.table, rows["slots"]
         decodes, chunks = slots[:num_decodes], slots[num_decodes:]
@@ -97,15 +101,15 @@ class DeviceStep:
         going = ~table.ended[decodes]
         scored = None
         if len(last):  # else no prompt ends here
-            logits = self.model.logits(hidden[last])
-            scored = self._draw(logits, rows["drawing_slots"], positions[last] + 1, num_top)
+            to_draw = (hidden[last], rows["drawing_slots"], positions[last] + 1)
+            scored = self._draw(*to_draw, num_top, plain)
         table.computed[decodes] = decoded + going
         table.computed[chunks] = rows["ends"]
         return hidden, scored
 
     def addresses(self) -> list[int]:
         """Where every tensor lies that a decode step uses, but for weights and what it makes."""
-        cache = [tensor.data_ptr() for tensor in (*self._kv.keys, *self._kv.values)]
+        cache = [tensor.data_ptr() for tensor in (*self.kv.keys, *self.kv.values)]
         return [*self.table.addresses(), self._query_start.data_ptr(), *cache]
 
     def _forward(
@@ -114,28 +118,33 @@ class DeviceStep:
         """Hidden states [T, E] of the tokens at `positions` of `slots`, both [T]."""
         table = self.table
         blocks = table.block_table[slots, positions // self._block_size].long()
+        rows = blocks * self._block_size + positions % self._block_size
         batch = ForwardBatch(
             token_ids=table.tokens[slots, positions],
             positions=positions,
-            write_index=blocks * self._block_size + positions % self._block_size,
+            write_index=torch.where(slots == table.scratch_slot, PADDING, rows),
             attention=attention,
         )
-        return self.model.forward(batch, self._kv)
+        return self.model.forward(batch, self.kv)
 
     def _draw(
         self,
-        logits: torch.Tensor,
+        hidden: torch.Tensor,
         slots: torch.Tensor,
         positions: torch.Tensor,
         num_top: int | None,
+        plain: bool,
     ) -> ScoredTokens | None:
-        """Draw the tokens at `positions` [N] of `slots` [N] from logits [N, V] into the table."""
+        """Draw the tokens at `positions` [N] of `slots` [N] from hidden [N, E] into the table."""
         table, scored = self.table, None
-        inputs = (logits, slots, positions, table.sampling)
-        sampled = self.operations.sample(*inputs, scored=num_top is not None)
-        if num_top is not None:  # before the tokens count for the penalties
-            logprobs = self.operations.drawn_logprobs(*inputs, sampled, num_top)
-            scored = ScoredTokens(sampled.token_ids, logprobs)
+        if plain and num_top is None and len(slots) <= self.model.draw_rows:
+            sampled = self.model.draw(hidden, slots, positions, table.sampling)
+        else:
+            inputs = (self.model.logits(hidden), slots, positions, table.sampling)
+            sampled = self.operations.sample(*inputs, scored=num_top is not None)
+            if num_top is not None:  # before the tokens count for the penalties
+                logprobs = self.operations.drawn_logprobs(*inputs, sampled, num_top)
+                scored = ScoredTokens(sampled.token_ids, logprobs)
         table.tokens[slots, positions] = sampled.token_ids
         table.sampling.record(slots, sampled.token_ids)
         stopped = (table.sampling.stop_ids[slots] == sampled.token_ids[:, None]).any(dim=1)

@@ -39,8 +39,7 @@ def run_worst_case(step: DeviceStep, copies: Copies, max_step_tokens: int) -> No
     packed = PackedArrays()
     packer.chunk_rows(decodes, chunks, packed)
     rows = packed.views(copies.send(packed))
-    num_blocks = step.num_blocks - 1  # without the scratch block
-    every_block = torch.arange(table.block_table.shape[1], dtype=torch.int32) % num_blocks
+    every_block = torch.arange(table.block_table.shape[1], dtype=torch.int32) % step.num_blocks
     table.block_table[: table.scratch_slot] = every_block.to(table.block_table.device)
     longest = max((chunk.length for chunk in chunks), default=1)
     _set(table, max_context - 1, TEMPERATURE, TOP_K, TOP_P, MIN_P, PENALTY)

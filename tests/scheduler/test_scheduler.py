@@ -303,12 +303,55 @@ def test_a_second_prompt_starts_behind_the_blocks_it_shares():
     assert scheduler.counters.prefix_query_tokens == 20
 
 
-def test_a_prompt_cached_whole_still_computes_its_last_block():
+def test_a_prompt_cached_whole_still_computes_its_last_token_in_a_copy():
     scheduler = make_scheduler()
     submit(scheduler, first := make_request(0, prompt=list(range(8)), max_tokens=1))
-    apply(scheduler, plan_of(scheduler), (first.slot, 5))
+    plan = plan_of(scheduler)
+    cached = scheduler.blocks_of(first).tolist()
+    apply(scheduler, plan, (first.slot, 5))
     submit(scheduler, second := make_request(1, prompt=list(range(8))))
-    assert plan_of(scheduler).prefill == [PrefillChunk(second.slot, 4, 4, samples=True)]
+    plan = plan_of(scheduler)
+    ours = scheduler.blocks_of(second).tolist()
+    assert plan.prefill == [PrefillChunk(second.slot, 7, 1, samples=True)]
+    assert ours[0] == cached[0] and plan.block_copies == [(cached[1], ours[1])]
+    assert second.cached_tokens == 7
+
+
+def test_the_next_turn_of_a_chat_goes_on_in_a_copy_of_the_last_ones_unfinished_block():
+    scheduler = make_scheduler()
+    submit(scheduler, first := make_request(0, prompt=[1, 2, 3, 4, 5], max_tokens=3))
+    while (plan := scheduler.schedule()) is not None:
+        cached = scheduler.blocks_of(first).tolist()
+        apply(scheduler, plan, (first.slot, 60))
+    # Computed: the prompt and two of the three tokens drawn, 60 60 of 60 60 60.
+    submit(scheduler, second := make_request(1, prompt=[1, 2, 3, 4, 5, 60, 60, 9, 9]))
+    plan = plan_of(scheduler)
+    assert plan.block_copies == [(cached[1], scheduler.blocks_of(second)[1])]
+    assert plan.prefill == [PrefillChunk(second.slot, 7, 2, samples=True)]
+    submit(scheduler, other := make_request(2, prompt=[1, 2, 3, 4, 5, 60, 60], tenant="other"))
+    plan = plan_of(scheduler)
+    assert (plan.block_copies, other.cached_tokens) == ([], 0)
+
+
+def test_followers_copy_the_block_in_which_their_leaders_prompt_ends():
+    scheduler = make_scheduler(max_step_tokens=7)
+    prompt = [1, 2, 3, 4, 5, 6, 7]
+    submit(scheduler, leader := make_request(0, prompt), make_request(1, prompt, leader=0))
+    apply(scheduler, plan_of(scheduler), (leader.slot, 50))  # and nothing is left of the budget
+    plan = plan_of(scheduler)
+    (follower,) = plan.admitted
+    shared, source = scheduler.blocks_of(leader).tolist()
+    assert scheduler.blocks_of(follower)[0] == shared
+    assert plan.block_copies == [(source, scheduler.blocks_of(follower)[1])]
+    assert plan.prefill == [PrefillChunk(follower.slot, 6, 1, samples=True)]
+
+
+def test_what_the_same_step_computes_is_not_copied_yet():
+    scheduler = make_scheduler()
+    prompt = [1, 2, 3, 4, 5, 6, 7]
+    submit(scheduler, make_request(0, prompt), make_request(1, prompt, leader=0))
+    plan = plan_of(scheduler)
+    assert len(plan.admitted) == 2 and plan.block_copies == []
 
 
 @pytest.mark.parametrize("caching", [True, False])

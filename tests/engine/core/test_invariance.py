@@ -65,6 +65,22 @@ def test_same_tokens_as_alone_under_preemption(make_world, prompts, alone, run_a
     assert {index: world.tokens(index) for index in alone} == alone
 
 
+@pytest.mark.parametrize("run_ahead", [0, 1])
+def test_same_tokens_as_alone_when_blocks_are_swapped_to_the_host(
+    make_world, prompts, alone, run_ahead
+):
+    bytes_per_block = 2 * 3 * 2 * 8 * 4 * 16  # K and V, layers, heads, dim, fp32, tokens
+    memory = {"kv_cache_memory": 14 * bytes_per_block, "swap_memory": 100 * bytes_per_block}
+    world = make_world(run_ahead=run_ahead, prefix_caching=False, **memory)
+    world.core.scheduler.cost.prompt_s = lambda tokens: float("inf")  # so it is worth it
+    submit_all(world, prompts)
+    world.run()
+    host = world.core.scheduler._tables.host
+    assert host.num_swapped_in == host.num_swapped_out > 0
+    assert host.num_free == host.num_blocks == 100
+    assert {index: world.tokens(index) for index in alone} == alone
+
+
 def test_same_tokens_in_any_order_of_arrival(make_world, prompts, alone):
     world = make_world()
     for index in reversed(range(len(prompts))):
@@ -73,3 +89,34 @@ def test_same_tokens_in_any_order_of_arrival(make_world, prompts, alone):
         world.step()
     world.run()
     assert {index: world.tokens(index) for index in alone} == alone
+
+
+def test_same_tokens_where_an_unfinished_block_is_copied(make_world, prompts, alone):
+    """A prompt cached whole, the next turn of a chat, and siblings of one prompt."""
+    world = make_world(max_step_tokens=len(prompts[7]) // 2)  # which its chunks fill
+    copies, schedule = [], world.core.scheduler.schedule
+
+    def schedule_and_note(now_s):
+        plan = schedule(now_s)
+        copies.extend(plan.block_copies if plan is not None else ())
+        return plan
+
+    world.core.scheduler.schedule = schedule_and_note
+    world.submit(0, prompts[6], max_tokens=24, **({"seed": 106} | SAMPLED[6]))
+    world.run()
+    assert world.tokens(0) == alone[6]
+    chat = [*prompts[6], *world.tokens(0)]
+    for _ in range(2):
+        world.submit(1, chat, max_tokens=8, temperature=0.0)
+        world.run()
+    fresh = make_world(prefix_caching=False)
+    fresh.submit(1, chat, max_tokens=8, temperature=0.0)
+    fresh.run()
+    assert world.tokens(1) == fresh.tokens(1) * 2
+    for sibling in range(10, 13):
+        leader = None if sibling == 10 else 10
+        seeded = {"seed": 107, "leader": leader} | SAMPLED[7]
+        world.submit(sibling, prompts[7], max_tokens=24, **seeded)
+    world.run()
+    assert all(world.tokens(sibling) == alone[7] for sibling in range(10, 13))
+    assert len(copies) == 4, copies
