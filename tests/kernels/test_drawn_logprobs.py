@@ -73,9 +73,7 @@ def test_cpu_gives_what_the_reference_gives(sampling_case, vocab):
     case = sampling_case(vocab, vocab)
     inputs = (case.logits, case.slots, case.positions, case.params)
     sampled = sample_reference(*inputs)
-    one, other = (
-        f(*inputs, sampled, 5) for f in (drawn_logprobs_cpu, drawn_logprobs_reference)
-    )
+    one, other = (f(*inputs, sampled, 5) for f in (drawn_logprobs_cpu, drawn_logprobs_reference))
     for field in FIELDS:
         torch.testing.assert_close(
             getattr(one, field), getattr(other, field), rtol=0, atol=0, equal_nan=True

@@ -44,9 +44,7 @@ def test_tokens_and_their_logprobs_are_the_reference_s(sampling_case, gpu, seed)
     scored = drawn_logprobs_triton(*there, ours, 5)
     drawn = dataclasses.replace(expected, token_ids=ours.token_ids.cpu())
     wanted = drawn_logprobs_reference(*inputs, case.params, drawn, 5)
-    close = torch.isclose(
-        scored.logprobs.cpu(), wanted.logprobs, rtol=0, atol=1e-4, equal_nan=True
-    )
+    close = torch.isclose(scored.logprobs.cpu(), wanted.logprobs, rtol=0, atol=1e-4, equal_nan=True)
     assert int((~close).sum()) <= 1
 
 
