@@ -43,7 +43,8 @@ test-cpu: $(VENV)/.dev
 test-interpreter: $(VENV)/.dev
 	@mkdir -p build
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not slow" tests/kernels/interpreter \
-	    tests/engine/runner/test_interpreted.py > build/test-interpreter.log 2>&1; \
+	    tests/engine/models/test_interpreted.py tests/engine/runner/test_interpreted.py \
+	    > build/test-interpreter.log 2>&1; \
 	    status=$$?; cat build/test-interpreter.log; exit $$status
 
 slow: $(VENV)/.dev

@@ -4,8 +4,9 @@
     gelu_tanh_mul:  y = gelu(gate) * up          the tanh approximation of GELU
 
 gate_up [T, 2F] holds gate in its first half and up in its second, so that one matmul makes both;
-the result is [T, F]. The activation is computed in float32 and rounded to the dtype of gate_up
-before the product, as transformers' LlamaMLP does.
+the result is [T, F]. Interleaved, column 2j is gate j and column 2j + 1 is up j, as a weight makes
+them whose rows `matmul_fused.interleave_gate_up` has put together. The activation is computed in
+float32 and rounded to the dtype of gate_up before the product, as transformers' LlamaMLP does.
 """
 
 import math
@@ -17,10 +18,10 @@ from torch import Tensor
 from millrace.kernels.checks import FLOATING_DTYPES
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
+def silu_mul(gate_up: Tensor, interleaved: bool = False) -> Tensor:
     """silu(gate) * up; gate_up [T, 2F] -> [T, F]. ValueError where the width is odd."""
     expect_gate_up(gate_up)
-    gate, up = gate_up.chunk(2, dim=1)
+    gate, up = _gate_and_up(gate_up, interleaved)
     return F.silu(gate).mul_(up)
 
 
@@ -31,9 +32,9 @@ def gelu_tanh_mul(gate_up: Tensor) -> Tensor:
     return F.gelu(gate, approximate="tanh").mul_(up)
 
 
-def silu_mul_reference(gate_up: Tensor) -> Tensor:
+def silu_mul_reference(gate_up: Tensor, interleaved: bool = False) -> Tensor:
     """The definition: `silu_mul`."""
-    gate, up = gate_up.chunk(2, dim=-1)
+    gate, up = _gate_and_up(gate_up, interleaved)
     gate32 = gate.float()
     return (gate32 * torch.sigmoid(gate32)).to(gate_up.dtype) * up
 
@@ -53,3 +54,10 @@ def expect_gate_up(gate_up: Tensor) -> None:
             "gate_up: expected [T, 2F] of a floating dtype, "
             f"got {list(gate_up.shape)} of {gate_up.dtype}"
         )
+
+
+def _gate_and_up(gate_up: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    if interleaved:
+        return gate_up[:, 0::2], gate_up[:, 1::2]
+    gate, up = gate_up.chunk(2, dim=1)
+    return gate, up

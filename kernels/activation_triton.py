@@ -35,14 +35,20 @@ def gated_kernel(
     FFN: tl.constexpr,
     TILE: tl.constexpr,
     GELU: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
 ):
     tiles = tl.cdiv(FFN, TILE)
     i_row = (tl.program_id(0) // tiles).to(tl.int64)  # neighbours in time are so in memory
     o_f = tl.program_id(0) % tiles * TILE + tl.arange(0, TILE)
     m_f = o_f < FFN
-    p_gate = p_gate_up + i_row * stride_gate_up + o_f
-    b_gate = tl.load(p_gate, mask=m_f, other=0.0).to(tl.float32)
-    b_up = tl.load(p_gate + FFN, mask=m_f, other=0.0).to(tl.float32)
+    p_row = p_gate_up + i_row * stride_gate_up
+    if INTERLEAVED:  # one load of both, as they lie
+        o_both = tl.program_id(0) % tiles * (2 * TILE) + tl.arange(0, 2 * TILE)
+        b_both = tl.load(p_row + o_both, mask=o_both < 2 * FFN, other=0.0).to(tl.float32)
+        b_gate, b_up = tl.split(tl.reshape(b_both, (TILE, 2)))
+    else:
+        b_gate = tl.load(p_row + o_f, mask=m_f, other=0.0).to(tl.float32)
+        b_up = tl.load(p_row + FFN + o_f, mask=m_f, other=0.0).to(tl.float32)
     b_logit = b_gate
     if GELU:
         b_logit = _GELU_SCALE * (b_gate + _GELU_CUBIC * b_gate * b_gate * b_gate)
@@ -52,14 +58,14 @@ def gated_kernel(
     tl.store(p_out + i_row * FFN + o_f, b_out.to(p_out.dtype.element_ty), mask=m_f)
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
+def silu_mul(gate_up: Tensor, interleaved: bool = False) -> Tensor:
     """silu(gate) * up; gate_up [T, 2F] -> [T, F]. Rows may lie at any stride."""
-    return _launch(gate_up, gelu=False)
+    return _launch(gate_up, gelu=False, interleaved=interleaved)
 
 
 def gelu_tanh_mul(gate_up: Tensor) -> Tensor:
     """gelu_tanh(gate) * up; gate_up [T, 2F] -> [T, F]. Rows may lie at any stride."""
-    return _launch(gate_up, gelu=True)
+    return _launch(gate_up, gelu=True, interleaved=False)
 
 
 @cache
@@ -70,7 +76,7 @@ def gated_config(ffn: int, device: torch.device) -> LaunchConfig:
     return launch_config("activation", f"F{ffn}", device, default)
 
 
-def _launch(gate_up: Tensor, gelu: bool) -> Tensor:
+def _launch(gate_up: Tensor, gelu: bool, interleaved: bool) -> Tensor:
     expect_gate_up(gate_up)
     if gate_up.stride(1) != 1:
         raise ValueError(f"gate_up: expected a last stride of 1, got {gate_up.stride(1)}")
@@ -83,6 +89,7 @@ def _launch(gate_up: Tensor, gelu: bool) -> Tensor:
         gate_up.stride(0),
         FFN=ffn,
         GELU=gelu,
+        INTERLEAVED=interleaved,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         **config.constants,

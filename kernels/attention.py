@@ -54,7 +54,8 @@ class AttentionBatch:
         max_query_len 3, max_context_len 34, num_decodes 1
 
     Query j of a row with n queries and context c is at position c - n + j: row 1 has 7 - 3 + j.
-    Entries of block_table beyond a row's context are never read.
+    Entries of block_table beyond a row's context are never read, nor with a window those of blocks
+    before it: another sequence may have written anything there, NaN included.
     """
 
     block_table: Tensor  # i32 [S, max_blocks]
@@ -151,9 +152,10 @@ def paged_attention_reference(
     starts = batch.query_start.tolist()
     for i_row, context in enumerate(batch.context_lens.tolist()):
         rows = slice(starts[i_row], starts[i_row + 1])
-        blocks = batch.block_table[batch.slots[i_row]]
-        keys = gather_context(k_cache, blocks, context).float()
-        values = gather_context(v_cache, blocks, context).float()
+        first = first_position(rows.stop - rows.start, context, prepared)
+        blocks = batch.block_table[batch.slots[i_row], first // prepared.block_size :]
+        keys = gather_context(k_cache, blocks, context - first).float()
+        values = gather_context(v_cache, blocks, context - first).float()
         if kv_scales is not None:
             keys, values = keys * kv_scales.key[:, None], values * kv_scales.value[:, None]
         group = q.shape[1] // keys.shape[1]
@@ -161,7 +163,7 @@ def paged_attention_reference(
         scores = torch.einsum("nhd,chd->hnc", q[rows].float(), keys) * scale
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
-        visible = visible_positions(scores.shape[1], context, prepared.window, q.device)
+        visible = visible_positions(scores.shape[1], context, prepared.window, q.device)[:, first:]
         weights = scores.masked_fill(~visible, -torch.inf).softmax(dim=-1)
         out[rows] = torch.einsum("hnc,chd->nhd", weights, values).to(q.dtype)
     return out
@@ -171,6 +173,14 @@ def gather_context(cache: Tensor, blocks: Tensor, context: int) -> Tensor:
     """The first `context` tokens of a sequence, in order: [context, G, D], copied."""
     num_blocks = -(-context // cache.shape[1])
     return cache.index_select(0, blocks[:num_blocks]).flatten(0, 1)[:context]
+
+
+def first_position(num_queries: int, context: int, prepared: PreparedAttention) -> int:
+    """Where the block begins that holds the first position seen by the last `num_queries`."""
+    if prepared.window is None:
+        return 0
+    first = max(0, context - num_queries - prepared.window + 1)
+    return first // prepared.block_size * prepared.block_size
 
 
 def visible_positions(

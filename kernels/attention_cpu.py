@@ -32,6 +32,7 @@ from millrace.kernels.attention import (
     KVScales,
     PreparedAttention,
     expect_attention_inputs,
+    first_position,
     gather_context,
     prepare_attention,
     visible_positions,
@@ -269,9 +270,7 @@ def _prefill_row(
 ) -> PrefillRow:
     batch, block_size, window = prepared.batch, prepared.block_size, prepared.window
     num_queries = queries.stop - queries.start
-    first = 0
-    if window is not None:  # whole blocks that even the first query no longer sees are left out
-        first = max(0, context - num_queries - window + 1) // block_size * block_size
+    first = first_position(num_queries, context, prepared)
     blocks = batch.block_table[batch.slots[i_row], first // block_size :]
     mask = None
     if num_queries < context or (window is not None and window < context):

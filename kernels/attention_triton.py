@@ -133,7 +133,7 @@ def paged_attention(
     group = num_heads // k_cache.shape[2]
     config = attention_config(q.device, q.dtype, head_dim)
     block_m = max(config.constants["BLOCK_M"], triton.next_power_of_2(group))
-    num_splits, num_blocks = _num_splits(batch.max_context_len, window), 0
+    num_splits, num_blocks = most_splits(batch.max_context_len, window), 0
     if num_rows > num_decodes:
         num_blocks = (q.shape[0] - num_decodes) // (block_m // group) + num_rows - num_decodes
     partial = torch.empty(num_decodes, num_heads, num_splits, head_dim, device=q.device)
@@ -168,7 +168,7 @@ def paged_attention(
     return out
 
 
-def _num_splits(max_context_len: int, window: int) -> int:
+def most_splits(max_context_len: int, window: int) -> int:
     """The most splits that a decode sees: a window of 40 touches at most two, wherever it lies."""
     if window:
         max_context_len = min(max_context_len, window + SPLIT - 1)

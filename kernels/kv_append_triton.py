@@ -6,9 +6,11 @@ row. So qkv is read once and all else is written once, and there is no second pa
 The halves of a head are two tiles of D / 2 columns, padded to a power of two: a rotation mixes
 column i of both, and head dimensions such as 80 and 96 need nothing else.
 
-In float32, rounded where the reference rounds. A head is a row of a tile whose shape follows from
-the model alone: it has the same bits whatever other tokens there are. A token with a negative
-write_index gets its query, and writes no row; a graph may replay with such rows.
+In float32, rounded where the reference rounds. Sums are taken by halves and products that meet a
+sum are explicit `fma`, so a head has the same bits in any tile: whatever other tokens there are,
+and in `append_attention_triton.py`, which does the same for decodes in the kernel of attention. A
+token with a negative write_index gets its query, and writes no row; a graph may replay with such
+rows.
 """
 
 from functools import cache
@@ -22,13 +24,14 @@ from millrace.kernels.attention import KVScales
 from millrace.kernels.configs import LaunchConfig, launch_config
 from millrace.kernels.fp8_triton import encode_e4m3
 from millrace.kernels.kv_append import FP8, expect_append_inputs, expect_norms_and_scales
+from millrace.kernels.matmul_tile_triton import ordered_sum
 
 TILE = 1024  # elements of each half of a program's heads
 NUM_WARPS = 2  # so that each thread has four 16-byte loads of 16-bit elements under way
 
 
 @triton.jit
-def _rotated(
+def rotated(
     b_x1,  # [HEADS, BLOCK_HALF], first halves of heads
     b_x2,  # [HEADS, BLOCK_HALF], second halves
     p_norm,  # [D], with NORM
@@ -43,7 +46,8 @@ def _rotated(
     dtype = b_x1.dtype
     b_x1, b_x2 = b_x1.to(tl.float32), b_x2.to(tl.float32)
     if NORM:
-        b_squares = tl.sum(b_x1 * b_x1 + b_x2 * b_x2, axis=1)
+        b_squares = tl.fma(b_x1, b_x1, b_x2 * b_x2)
+        b_squares = ordered_sum(b_squares, b_x1.shape[0], b_x1.shape[1])
         b_scale = tl.rsqrt(b_squares / (2 * HALF) + eps)[:, None]
         b_w1 = tl.load(p_norm + o_half, mask=m_half, other=0.0).to(tl.float32)[None, :]
         b_w2 = tl.load(p_norm + HALF + o_half, mask=m_half, other=0.0).to(tl.float32)[None, :]
@@ -51,11 +55,12 @@ def _rotated(
         b_x2 = ((b_x2 * b_scale).to(dtype).to(tl.float32) * b_w2).to(dtype).to(tl.float32)
     b_cos = tl.load(p_angles + o_half, mask=m_half, other=0.0)[None, :]
     b_sin = tl.load(p_angles + HALF + o_half, mask=m_half, other=0.0)[None, :]
-    return (b_x1 * b_cos - b_x2 * b_sin).to(dtype), (b_x2 * b_cos + b_x1 * b_sin).to(dtype)
+    b_y1, b_y2 = tl.fma(b_x1, b_cos, -(b_x2 * b_sin)), tl.fma(b_x2, b_cos, b_x1 * b_sin)
+    return b_y1.to(dtype), b_y2.to(dtype)
 
 
 @triton.jit
-def _store_cache(p_cache, b_x, p_scale, o_head, m_head, m_x, FP8: tl.constexpr):
+def store_cache(p_cache, b_x, p_scale, o_head, m_head, m_x, FP8: tl.constexpr):
     """b_x [HEADS, BLOCK_HALF] to the cache, divided by its head's scale and as e4m3 with FP8."""
     if FP8:
         b_scale = tl.load(p_scale + o_head, mask=m_head, other=1.0)
@@ -104,7 +109,7 @@ def kv_append_kernel(
         o_x = o_head[:, None] * (2 * HALF) + o_half[None, :]  # [Q_TILE, BLOCK_HALF]
         b_q1 = tl.load(p_token + o_x, mask=m_x, other=0.0)
         b_q2 = tl.load(p_token + o_x + HALF, mask=m_x, other=0.0)
-        b_q1, b_q2 = _rotated(b_q1, b_q2, p_q_norm, p_angles, eps, o_half, m_half, HALF, NORM)
+        b_q1, b_q2 = rotated(b_q1, b_q2, p_q_norm, p_angles, eps, o_half, m_half, HALF, NORM)
         p_out = p_q + i_token * (NUM_HEADS * 2 * HALF) + o_x
         tl.store(p_out, b_q1, mask=m_x)
         tl.store(p_out + HALF, b_q2, mask=m_x)
@@ -123,12 +128,12 @@ def kv_append_kernel(
     b_k2 = tl.load(p_k + HALF, mask=m_x, other=0.0)
     b_v1 = tl.load(p_v, mask=m_x, other=0.0)
     b_v2 = tl.load(p_v + HALF, mask=m_x, other=0.0)
-    b_k1, b_k2 = _rotated(b_k1, b_k2, p_k_norm, p_angles, eps, o_half, m_half, HALF, NORM)
+    b_k1, b_k2 = rotated(b_k1, b_k2, p_k_norm, p_angles, eps, o_half, m_half, HALF, NORM)
     o_cache = i_row * (NUM_KV_HEADS * 2 * HALF) + o_x
-    _store_cache(p_k_cache + o_cache, b_k1, p_k_scale, o_head, m_head, m_x, FP8)
-    _store_cache(p_k_cache + o_cache + HALF, b_k2, p_k_scale, o_head, m_head, m_x, FP8)
-    _store_cache(p_v_cache + o_cache, b_v1, p_v_scale, o_head, m_head, m_x, FP8)
-    _store_cache(p_v_cache + o_cache + HALF, b_v2, p_v_scale, o_head, m_head, m_x, FP8)
+    store_cache(p_k_cache + o_cache, b_k1, p_k_scale, o_head, m_head, m_x, FP8)
+    store_cache(p_k_cache + o_cache + HALF, b_k2, p_k_scale, o_head, m_head, m_x, FP8)
+    store_cache(p_v_cache + o_cache, b_v1, p_v_scale, o_head, m_head, m_x, FP8)
+    store_cache(p_v_cache + o_cache + HALF, b_v2, p_v_scale, o_head, m_head, m_x, FP8)
 
 
 @cache

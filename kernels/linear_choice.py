@@ -11,8 +11,11 @@ the vendor's serves all rows.
 
 Deterministic: the Triton forms alone, which add in the same order whatever the rows. Otherwise the
 number of rows may choose the form, as it does inside the vendor's library.
+
+`fused_model.py` makes those of a whole model.
 """
 
+import sys
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -59,6 +62,13 @@ class FusedLinear:
     gemv: LaunchConfig
     decode: LaunchConfig
     persistent: LaunchConfig
+
+    @property
+    def triton_rows(self) -> int:
+        """Up to so many rows of x one Triton kernel does all; beyond, the vendor's and torch's."""
+        if self.choice.persistent:
+            return sys.maxsize
+        return max(self.choice.gemv_rows, self.choice.decode_rows)
 
     def __call__(self, x: Tensor, fusion: Fusion = PLAIN) -> LinearOutput:
         """As `linear_fused_reference` of x [T, K]."""

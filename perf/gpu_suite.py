@@ -2,11 +2,11 @@
 
     python -m millrace.perf.gpu_suite --out DIR [--only PART ...] [--dry-run]
 
-First the correctness tests, then the ceilings of the device and each kernel's benchmark. Every
-part runs in a process of its own and writes DIR/<part>.json row by row; a part that crashes or
-overruns costs itself alone, and `--only` runs it again into the same folder. DIR/summary.md and the
-plots are made of whatever files are there. The ceilings are measured in each run that needs them: a
-share compares two figures of one run.
+First the correctness tests, then the ceilings of the device, each kernel's benchmark, and the
+engine end to end on models of published shapes. Every part runs in a process of its own and writes
+DIR/<part>.json row by row; a part that crashes or overruns costs itself alone, and `--only` runs it
+again into the same folder. DIR/summary.md and the plots are made of whatever files are there. The
+ceilings are measured in each run that needs them: a share compares two figures of one run.
 
 `--dry-run` proves the same path without a GPU: tiny shapes, Triton's interpreter, no speeds.
 Exits with 1 if a part failed. sh perf/gpu_suite.sh does the same from a checkout that is not
@@ -39,25 +39,32 @@ GRACE_S = 20.0  # for a part to end its last measurement after its time
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """`module` has a function run(session)."""
+    """`module` has a function `entry(session)`."""
 
     name: str
     module: str
     budget_s: float
     needs_ceilings: bool = True
     compile_s: float = 0.0  # first compile its kernels in several processes, for at most so long
+    entry: str = "run"
 
 
-CEILINGS = Part("ceilings", "millrace.perf.kernels.ceilings", 30, needs_ceilings=False)
-PARTS = (
-    Part("correctness", "millrace.perf.kernels.correctness", 110, needs_ceilings=False),
+CEILINGS = Part("ceilings", "millrace.perf.kernels.ceilings", 20, needs_ceilings=False)
+PARTS = (  # the budgets together are no more than TOTAL_S: no part lives on another's time
+    Part("correctness", "millrace.perf.kernels.correctness", 70, needs_ceilings=False),
     CEILINGS,
-    Part("attention", "millrace.perf.kernels.bench_attention", 90, compile_s=30),
-    Part("sampling", "millrace.perf.kernels.bench_sampling", 50),
-    Part("kv_append", "millrace.perf.kernels.bench_kv_append", 20),
-    Part("norm", "millrace.perf.kernels.bench_norm", 20),
-    Part("activation", "millrace.perf.kernels.bench_activation", 20),
-    Part("matmul", "millrace.perf.kernels.bench_matmul", 90, compile_s=40),
+    Part("boundary", "millrace.perf.kernels.bench_boundary", 14),
+    Part("attention", "millrace.perf.kernels.bench_attention", 46, compile_s=18),
+    Part("sampling", "millrace.perf.kernels.bench_sampling", 25),
+    Part("kv_append", "millrace.perf.kernels.bench_kv_append", 9),
+    Part("norm", "millrace.perf.kernels.bench_norm", 7),
+    Part("activation", "millrace.perf.kernels.bench_activation", 7),
+    Part("matmul", "millrace.perf.kernels.bench_matmul", 40, compile_s=18),
+    Part("exactness", "millrace.perf.e2e.exactness", 18, needs_ceilings=False),
+    Part("e2e-8b", "millrace.perf.e2e.models", 70, entry="run_8b"),
+    Part("e2e-1b", "millrace.perf.e2e.models", 38, entry="run_1b"),
+    Part("deterministic", "millrace.perf.e2e.deterministic", 35, needs_ceilings=False),
+    Part("serve", "millrace.perf.e2e.serve", 15, needs_ceilings=False),
 )
 
 
@@ -102,7 +109,7 @@ def _run_part(part: Part, options: argparse.Namespace, ends_at: float) -> PartRe
         found_at["commit"] = options.commit
     empty = PartResult(options.out, part.name, found_at)
     try:
-        run = import_module(part.module).run
+        run = getattr(import_module(part.module), part.entry)
     except ModuleNotFoundError as error:
         empty.finish("skipped", f"needs {error.name}")
     except Exception as error:
@@ -165,7 +172,10 @@ def _work(
                 "copy_bytes_per_s": ceilings.copy_bytes_per_s,
                 "matmul_flops_per_s": ceilings.matmul_flops_per_s,
             }
-        session = Session(device, options.dry_run, options.seed, deadline, result.record, ceilings)
+        session = Session(
+            *(device, options.dry_run, options.seed, deadline, result.record, ceilings),
+            folder=options.out,
+        )
         run(session)
     except Skip as reason:
         result.finish("skipped", str(reason))

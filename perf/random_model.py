@@ -50,6 +50,7 @@ SHAPES = {
     "Llama-3.1-8B": _llama(4096, 14336, 32, 32),
     "Llama-3.2-1B": _llama(2048, 8192, 16, 32, tie_word_embeddings=True),
 }
+SMALL = _llama(512, 1024, 4, 8, num_key_value_heads=2, vocab_size=4096, rope_parameters=PLAIN_ROPE)
 TINY = _llama(
     64,
     96,

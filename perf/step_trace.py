@@ -59,11 +59,17 @@ def idle_of(spans: Iterable[Span]) -> Idle:
     return Idle(steps, between / total, within / total, total / steps)
 
 
-def trace(work: Callable[[], object], file: Path) -> list[Span]:
-    """What the device did during `work`; the trace goes to `file`, for chrome://tracing."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+def trace(work: Callable[[], object], file: Path, device: torch.device) -> list[Span]:
+    """What the device did during `work`; the trace goes to `file`, for chrome://tracing.
+
+    Of a CPU there are no spans: it has no queue.
+    """
+    on_gpu = device.type == "cuda"
+    kind = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[kind]) as profiler:
         work()
-        torch.cuda.synchronize()
+        if on_gpu:
+            torch.cuda.synchronize(device)
     profiler.export_chrome_trace(str(file))
     return [
         Span(event.name, event.time_range.start, event.time_range.end)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,9 @@ HEADINGS = (
     *("kernel", "case", "provider", "us (p20 to p80)"),
     *("share", "at size", "goal", "reached", "beside the fastest other"),
 )
+LARGE = 1000  # from here on digits behind the point say nothing
+REACHED = {None: "", True: "yes", False: "**no**"}
+E2E_HEADINGS = ("measurement", "case", "value", "goal, at most", "reached", "more")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +85,32 @@ def _body(result: PartResult) -> list[str]:
             f"{row['rate_per_s'] / 1e12:.3f} T/s"
             for row in result.rows
         ]
-    return [
-        "| " + " | ".join(HEADINGS) + " |",
-        "|" + "---|" * len(HEADINGS),
-        *("| " + " | ".join(_cells(row, result.rows)) + " |" for row in result.rows),
-    ]
+    if not result.rows:
+        return []
+    if "facts" in result.rows[0]:
+        return _table(E2E_HEADINGS, map(_e2e_cells, result.rows))
+    return _table(HEADINGS, (_cells(row, result.rows) for row in result.rows))
+
+
+def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    lines = [f"| {' | '.join(cells)} |" for cells in (headings, *rows)]
+    return [lines[0], "|" + "---|" * len(headings), *lines[1:]]
+
+
+def _e2e_cells(row: Mapping[str, Any]) -> list[str]:
+    """Of a Measurement (e2e/row.py)."""
+    goal = "" if row["goal"] is None else f"{row['goal']:g}"
+    value = "" if row["value"] is None else f"{_number(row['value'])} {row['metric']}"
+    if row["note"]:
+        value = f"{row['status']}: {row['note']} {value}".replace("|", "/").strip()
+    more = ", ".join(f"{name} {_number(x)}" for name, x in row["facts"].items())
+    return [row["name"], row["case"], value, goal, REACHED[row["ok"]], more]
+
+
+def _number(value: float | str) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= LARGE else f"{value:.3g}"
 
 
 def _cells(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -96,8 +120,8 @@ def _cells(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[st
         return [*names, f"{row['status']}: {row['note']}".replace("|", "/"), "", "", goal, "", ""]
     spread = f"{row['median_us']:.2f} ({row['p20_us']:.2f} to {row['p80_us']:.2f})"
     at_size = "" if row["share_at_size"] is None else f"{row['share_at_size']:.1%}"
-    reached = {None: "", True: "yes", False: "**no**"}[row["ok"]]
-    return [*names, spread, f"{row['share']:.1%}", at_size, goal, reached, _beside(row, rows)]
+    beside = _beside(row, rows)
+    return [*names, spread, f"{row['share']:.1%}", at_size, goal, REACHED[row["ok"]], beside]
 
 
 def _beside(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:

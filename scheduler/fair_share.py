@@ -132,7 +132,7 @@ class FairShare:
             self._free_numbers.append(tenant.number)
 
     def drew(self, slots: Slots) -> None:
-        self._owed[slots] += self._price[slots]
+        self._owed += np.bincount(slots, self._price[slots], len(self._owed))
         self._is_settled = False
 
     def hopeless(self, now_s: float) -> Request | None:

@@ -13,6 +13,7 @@ import numpy as np
 from millrace.scheduler.prefix_cache import Node, PrefixCache
 from millrace.scheduler.request import NO_SLOT, Request
 from millrace.scheduler.scheduler import Scheduler
+from millrace.scheduler.window import blocks_for
 
 
 class InvariantViolated(AssertionError):
@@ -26,6 +27,7 @@ def check(scheduler: Scheduler) -> None:
     _check_closing(scheduler)
     _check_block_conservation(scheduler)
     _check_cache(scheduler)
+    _check_host(scheduler)
     for request in _owners(scheduler):
         _check_table(scheduler, request)
         if not request.is_closing:
@@ -49,7 +51,7 @@ def _check_slots(scheduler: Scheduler) -> None:
     _require(slots == list(range(len(scheduler._slots.requests))), f"slots free or owned: {slots}")
     released = scheduler._released
     _require(len(set(released)) == len(released), f"released twice: {released}")
-    decoding = set(scheduler._slots.decodes.nonzero()[0].tolist())
+    decoding = set(scheduler._slots.streams().nonzero()[0].tolist())
     prefilling = set(scheduler._prefilling)
     _require(not decoding & prefilling, f"slots in two roles: {decoding & prefilling}")
     _require(decoding | prefilling <= owned, f"roles {decoding | prefilling}, owned {owned}")
@@ -99,7 +101,7 @@ def _check_closing(scheduler: Scheduler) -> None:
     for step, requests in scheduler._closing.items():
         _require(step > scheduler._applied, f"step {step} is applied, its closing requests remain")
         slots = [request.slot for request in requests]
-        is_last = all(scheduler._slots.last_step[slot] == step for slot in slots)
+        is_last = all(scheduler._decodes.last_step(slot) == step for slot in slots)
         _require(is_last, f"slots {slots} close with step {step}, not with their last one")
     coming = sum(len(scheduler.blocks_of(request)) for request in closing)
     _require(scheduler._coming_blocks == coming, f"{coming} blocks are coming")
@@ -124,7 +126,11 @@ def _check_cache(scheduler: Scheduler) -> None:
     """Keys and blocks map one to one; parents are cached and rest after their children."""
     cache = scheduler.cache
     keys = {block: key for block, key in enumerate(cache._key) if key is not None}
-    _require(cache._child == {key: block for block, key in keys.items()}, "keys and blocks differ")
+    full = {key: block for block, key in keys.items() if len(key[1]) == cache._block_bytes}
+    _require(cache._child == full, "keys and blocks differ")
+    tails = {key[0]: b for b, key in keys.items() if 0 < len(key[1]) < cache._block_bytes}
+    _require(cache._tails == tails, "tails and blocks differ")
+    _require(len(tails) + len(full) == len(keys), "two blocks have one key")
     marked = np.flatnonzero(cache._is_cached).tolist()
     _require(marked == sorted(keys), f"marked as cached: {marked}, in the index: {sorted(keys)}")
     age = {block: age for age, block in enumerate(cache._idle)}
@@ -139,6 +145,20 @@ def _check_cache(scheduler: Scheduler) -> None:
             in_order = age[block] < age[parent]
             _require(in_order, f"block {block} would be evicted after its parent")
     _check_leaps(cache)
+
+
+def _check_host(scheduler: Scheduler) -> None:
+    """A host block is free, or belongs to one request that has yielded and waits."""
+    host = scheduler._tables.host
+    swapped = [request for request in scheduler.requests.values() if request.swapped is not None]
+    places = [place for request in swapped if request.swapped for place in request.swapped.places]
+    blocks = sorted([*host._free, *places])
+    _require(blocks == list(range(host.num_blocks)), f"host blocks free or held: {blocks}")
+    for request in swapped:
+        waits = request.slot == NO_SLOT and request.num_preemptions > 0
+        _require(waits, f"request {request.id} is swapped out, and has not yielded")
+    pending = {place for _, place in host.swap_outs}
+    _require(pending <= set(places), f"host blocks {pending - set(places)} are written for nobody")
 
 
 def _check_leaps(cache: PrefixCache) -> None:
@@ -160,7 +180,10 @@ def _check_table(scheduler: Scheduler, request: Request) -> None:
     table, chain = scheduler.blocks_of(request).tolist(), slots.chains[request.slot]
     _require(len(set(table)) == len(table), f"request {request.id}: block twice")
     length = int(slots.computed[request.slot])
-    _require(length <= len(table) * size, f"request {request.id}: past its last block")
+    first, end = int(slots.num_gone[request.slot]), slots.end_block(request.slot)
+    _require(length <= end * size, f"request {request.id}: past its last block")
+    has_none = chain.num_blocks == 0 and chain.is_closed
+    _require(first == 0 or has_none, f"request {request.id}: its chain is broken off")
     tokens = slots.tokens(request.slot)
     parent: Node = request.tenant
     first_private = min(length, len(tokens)) // size
@@ -185,7 +208,9 @@ def _check_progress(scheduler: Scheduler, request: Request) -> None:
     if slot in scheduler._prefilling:
         _require(request.num_computed == length, f"{where}: computed {length} tokens")
         _require(length < request.num_known, f"{where}: prefills all of its tokens again")
-        held = scheduler._blocks_for(request.num_known)
+        most = scheduler._tables.to_begin(request.num_known)
+    elif request.lookahead:
+        return _check_drafts(scheduler, request)
     else:
         end = request.max_length - 1  # the last token's KV is never computed
         is_right = (length < end) if scheduler._slots.decodes[slot] else (length == end)
@@ -193,6 +218,33 @@ def _check_progress(scheduler: Scheduler, request: Request) -> None:
         in_flight = length + 1 - len(scheduler._slots.tokens(slot))
         launched = scheduler._step - scheduler._applied
         _require(0 <= in_flight <= launched, f"{where}: {in_flight} tokens in flight")
-        held = scheduler._blocks_for(length)
-    table = scheduler.blocks_of(request)
-    _require(len(table) == held, f"{where}: {len(table)} blocks, not {held}")
+        most = blocks_for(length, scheduler.limits.block_size)
+    _check_held(scheduler, request, length, most, most)
+
+
+def _check_held(scheduler: Scheduler, request: Request, length: int, least: int, most: int) -> None:
+    """It holds all that is read from here on, and nothing ahead."""
+    window = scheduler._tables.window
+    where, held = f"request {request.id}", len(scheduler.blocks_of(request))
+    if window is None:
+        _require(least <= held <= most, f"{where}: {held} blocks, not {least} to {most}")
+        return
+    _require(held <= most, f"{where}: {held} blocks, more than {most}")
+    first = int(scheduler._slots.num_gone[request.slot])
+    _require(first <= window.first_needed(length), f"{where}: block {first} is needed, and gone")
+
+
+def _check_drafts(scheduler: Scheduler, request: Request) -> None:
+    """The same of one that drafts: how many of the tokens in flight it keeps is not known yet."""
+    slot, where, slots = request.slot, f"request {request.id}", scheduler._slots
+    length, end = int(slots.computed[slot]), request.max_length - 1
+    is_in_flight = any(slot in drafts[:, 0] for drafts in scheduler._drafts.values())
+    is_ready = bool(slots.speculates[slot])
+    _require(not slots.decodes[slot], f"{where}: drafts, and decodes")
+    _require(is_ready != (is_in_flight or length == end), f"{where}: {is_ready=}, {is_in_flight=}")
+    in_flight = length + 1 - len(slots.tokens(slot))
+    launched = scheduler._step - scheduler._applied
+    _require(0 <= in_flight <= launched + request.lookahead, f"{where}: {in_flight} in flight")
+    size = scheduler.limits.block_size
+    most = blocks_for(min(length + request.lookahead, end), size)
+    _check_held(scheduler, request, length, blocks_for(length, size), most)

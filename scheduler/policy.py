@@ -45,7 +45,7 @@ class Policy(Protocol):
         """This request has ended or yielded, and gives up its slot."""
 
     def drew(self, slots: Slots) -> None:
-        """One token for each of these slots."""
+        """A token for each of these slots; one may come several times."""
 
     def hopeless(self, now_s: float) -> Request | None:
         """A waiting request that is not worth starting any more."""

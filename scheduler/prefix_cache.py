@@ -15,6 +15,9 @@ blocks at once, which needs no hashing, only a comparison. It goes with the bloc
 
     root --b0--> 0 --b1--> 1 ... --b7--> 7 --b8--> 8
       \\______________ b0..b7 __________/^
+
+A node may have one tail: a block that is filled in part only. It can't be shared, for whoever goes
+on would write it. It can be copied: who comes with the same tokens goes on in a block of its own.
 """
 
 from __future__ import annotations
@@ -48,6 +51,7 @@ class PrefixCache:
         self._block_bytes = block_size * 4
         self._child: dict[tuple[Node, bytes], int] = {}
         self._leaps: dict[Node, tuple[bytes, array[int]]] = {}  # the tokens and the blocks between
+        self._tails: dict[Node, int] = {}  # in no other block's chain
         # By block: the key that leads to it, and where a leap to it begins.
         self._key: list[tuple[Node, bytes] | None] = [None] * num_blocks
         self._leap_from: list[Node | None] = [None] * num_blocks
@@ -56,7 +60,7 @@ class PrefixCache:
 
     def __len__(self) -> int:
         """Cached blocks, idle or referenced."""
-        return len(self._child)
+        return len(self._child) + len(self._tails)
 
     @property
     def num_idle(self) -> int:
@@ -107,6 +111,46 @@ class PrefixCache:
         for end in range((first // LEAP + 1) * LEAP, last + 1, LEAP):
             self._add_leap(data[(end - LEAP) * size : end * size], table[:end], chain.salt)
 
+    def partial(
+        self, tokens: npt.NDArray[np.int32], blocks: BlockIds, salt: str = NO_SALT
+    ) -> tuple[int, int] | None:
+        """A block to copy behind `blocks`, which `match` found for `tokens` but for the last one.
+
+        Returns it with the number of its tokens that are ours, at least one token less than we
+        have. That is the tail there, or a full block if that would end our tokens.
+        """
+        start, size = len(blocks) * self._block_bytes, self._block_bytes
+        node: Node = int(blocks[-1]) if len(blocks) else salt
+        ours = tokens.tobytes()[start : start + size]
+        if len(ours) == size and tokens.nbytes == start + size:
+            full = self._child.get((node, ours))
+            if full is not None:
+                return full, size // 4 - 1
+        tail = self._tails.get(node)
+        key = None if tail is None else self._key[tail]
+        if tail is None or key is None:
+            return None
+        return tail, min(_num_common(ours, key[1]), tokens.size - start // 4 - 1)
+
+    def keep_tail(self, tokens: bytes, block: int, parent: Node) -> int | None:
+        """Index a referenced block that begins with `tokens`, less than a block of them.
+
+        The newest tail stays, unless there is one that holds more of the same. Returns the block
+        that had been the tail, which nobody references.
+        """
+        old = self._tails.get(parent)
+        if old is not None:
+            key = self._key[old]
+            assert key is not None, "a tail has a key"
+            if key[1].startswith(tokens):
+                return None
+            self._forget(old)
+            del self._idle[old]
+        self._tails[parent] = block
+        self._key[block] = (parent, tokens)
+        self._is_cached[block] = True
+        return old
+
     def rest(self, blocks: BlockIds) -> BlockIds:
         """The last reference to these is gone, in this order. Returns those that aren't cached."""
         is_cached = self._is_cached[blocks]
@@ -122,16 +166,22 @@ class PrefixCache:
         """Forget the `count` least recently used of the idle blocks; returns them."""
         evicted = np.empty(count, np.int32)
         for index in range(count):
-            block, _ = self._idle.popitem(last=False)
-            key, leap_from = self._key[block], self._leap_from[block]
-            assert key is not None, "an idle block is cached"
-            del self._child[key]
-            if leap_from is not None:
-                del self._leaps[leap_from]
-            self._key[block] = self._leap_from[block] = None
-            evicted[index] = block
-        self._is_cached[evicted] = False
+            evicted[index], _ = self._idle.popitem(last=False)
+            self._forget(int(evicted[index]))
         return evicted
+
+    def _forget(self, block: int) -> None:
+        """Take a cached block, which is no other's parent, out of the index."""
+        key, leap_from = self._key[block], self._leap_from[block]
+        assert key is not None, "an idle block is cached"
+        if len(key[1]) < self._block_bytes:
+            del self._tails[key[0]]
+        else:
+            del self._child[key]
+        if leap_from is not None:
+            del self._leaps[leap_from]
+        self._key[block] = self._leap_from[block] = None
+        self._is_cached[block] = False
 
     def _add_leap(self, tokens: bytes, table: BlockIds, salt: str) -> None:
         """Over the last LEAP blocks of `table`, unless there is one from there already."""
@@ -139,3 +189,10 @@ class PrefixCache:
         if start not in self._leaps:
             self._leaps[start] = (tokens, array("i", table[-LEAP:].tobytes()))
             self._leap_from[int(table[-1])] = start
+
+
+def _num_common(ours: bytes, theirs: bytes) -> int:
+    """How many int32 tokens two strings of them begin alike with."""
+    length = min(len(ours), len(theirs)) // 4
+    differ = np.frombuffer(ours, np.int32, length) != np.frombuffer(theirs, np.int32, length)
+    return int(differ.argmax()) if differ.any() else length

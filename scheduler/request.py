@@ -6,6 +6,7 @@ State only: `scheduler.py` decides, `block_pool.py` owns the memory. The schedul
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -24,6 +25,15 @@ class Finish(StrEnum):
     CANCELLED = "cancelled"
     DEADLINE = "deadline"
     ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class Swapped:
+    """What a request that has yielded left on the host."""
+
+    first: int  # index in its table of the first block that is there
+    places: list[int]  # host blocks, in the order of its table
+    num_tokens: int  # whose KV these blocks and those before them held
 
 
 @dataclass(eq=False, slots=True)
@@ -50,15 +60,19 @@ class Request:
     tenant: str = ""  # whose request it is: tenants share no cached prefixes
     weight: float = 1.0  # of the tenant, > 0: its share compared with others'
     read_cache: bool = True  # False: compute every prompt position (their logits are wanted)
+    lookahead: int = 0  # drafts of its next tokens that a step may check at once
 
     arrival: int = NEVER  # order of submission
     outputs: list[int] = field(default_factory=list)  # as of when it last left its slot
     slot: int = NO_SLOT
     num_computed: int = 0  # kept while it prefills; a decoding slot's count is the slot table's
+    # Of its chunks whose steps may not be applied yet: step and first position; oldest first.
+    launched: deque[tuple[int, int]] = field(default_factory=deque)
     is_queued: bool = False  # in the policy's queue (a follower of a leader is not, yet)
     is_closing: bool = False  # leaves its slot once the last launched step with it is applied
     cached_tokens: int = 0  # prompt tokens whose KV was reused at the first admission
     num_preemptions: int = 0
+    swapped: Swapped | None = None
     scheduled_s: float = 0.0  # first given to the device; 0: never
     finish: Finish | None = None
     stop_token: int | None = None

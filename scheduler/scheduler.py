@@ -19,52 +19,27 @@ Before it: engine/core/loop.py. After it: engine/runner/runner.py, which execute
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
-from itertools import count, repeat
 
 import numpy as np
 
+from millrace.scheduler import speculation
 from millrace.scheduler.admission import Accepted, Admission, Decision
 from millrace.scheduler.block_pool import BlockPool
+from millrace.scheduler.block_tables import BlockTables
 from millrace.scheduler.cost_model import CostModel
-from millrace.scheduler.plan import Drawn, PrefillChunk, StepPlan, StepResult
+from millrace.scheduler.decode_set import DecodeSet
+from millrace.scheduler.limits import Counters, Limits
+from millrace.scheduler.plan import Drawn, PrefillChunk, Rows, StepPlan, StepResult
 from millrace.scheduler.policy import FirstComeFirstServed, Policy
-from millrace.scheduler.prefix_cache import BlockIds, Chain, PrefixCache
+from millrace.scheduler.prefix_cache import BlockIds, PrefixCache
 from millrace.scheduler.request import NO_SLOT, Finish, Request
 from millrace.scheduler.request_heap import RequestHeap
 from millrace.scheduler.slots import Slots, SlotTable
 
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What the scheduler may hand out."""
-
-    num_blocks: int
-    block_size: int  # tokens
-    max_running: int  # slots
-    max_step_tokens: int  # >= max_running, so that every decode always fits
-    max_waiting: int
-    max_waiting_tokens: int
-    max_context: int | None = None  # tokens of prompt and output; None: what the blocks can hold
-    max_wait_s: float | None = None  # expected, of a new request
-    itl_target_s: float | None = None  # how long a step may keep streams waiting
-    prefix_caching: bool = True
-
-    @property
-    def longest(self) -> int:
-        """Tokens of prompt and output at most. The last one's KV is never computed."""
-        held = self.num_blocks * self.block_size + 1
-        return held if self.max_context is None else min(held, self.max_context)
+NO_SLOTS: Slots = np.empty(0, np.intp)
 
 
-@dataclass(slots=True)
-class Counters:
-    """Running totals since the start."""
-
-    preemptions: int = 0
-    shed: int = 0  # ended while waiting, since their deadline could no longer be met
-    prefix_query_tokens: int = 0
-    prefix_hit_tokens: int = 0
+__all__ = ["Counters", "Limits", "Scheduler"]
 
 
 class Scheduler:
@@ -73,7 +48,10 @@ class Scheduler:
     def __init__(
         self, limits: Limits, policy: Policy | None = None, cost: CostModel | None = None
     ) -> None:
-        """`cost` is needed for `itl_target_s`; who runs the steps tells it how long they took."""
+        """`cost` is needed for `itl_target_s` and `host_blocks`.
+
+        Who runs the steps tells it how long they took.
+        """
         self.limits = limits
         self.cost = cost
         self.policy: Policy = policy or FirstComeFirstServed()
@@ -89,9 +67,11 @@ class Scheduler:
         self._deadlines = RequestHeap()
         self._num_arrived = 0
         self._slots = SlotTable(limits.max_running, limits.longest, limits.block_size)
-        self._planned_decodes = np.zeros(limits.max_running, np.bool_)  # as the runner knows them
+        self._tables = BlockTables(limits, self._slots, self.pool, self.cache, cost)
+        self._decodes = DecodeSet(self._slots)
         self._step = 0  # newest planned step
         self._applied = 0  # newest step whose result has been taken in
+        self._drafts: dict[int, Rows] = {}  # in flight, by step
         self._closing: dict[int, list[Request]] = defaultdict(list)  # by their last step
         self._coming_blocks = 0  # held by closing requests
         self._released: list[int] = []  # slots, for the next plan
@@ -155,6 +135,7 @@ class Scheduler:
             self._leave_slot(request)
         else:
             self._count_waiting(request, -1)
+            self._tables.host.drop(request)
             if request.is_queued:
                 self.policy.gone(request)
         self._free_followers(request)
@@ -167,7 +148,7 @@ class Scheduler:
         return request
 
     def blocks_of(self, request: Request) -> BlockIds:
-        """The block table of a request that owns a slot, as a view."""
+        """The blocks that a request in a slot holds, in order, as a view."""
         return self._slots.blocks(request.slot)
 
     def take_ended(self) -> list[Request]:
@@ -182,7 +163,8 @@ class Scheduler:
             assert did_end, "deadlines are those of live requests"
         while (request := self.policy.hopeless(now_s)) is not None:
             self.counters.shed += 1
-            self.finish(request.id, Finish.DEADLINE, now_s)
+            did_end = self.finish(request.id, Finish.DEADLINE, now_s)
+            assert did_end, "those that wait are live"
 
     def abandon(self, error: str, now_s: float = 0.0) -> None:
         """The launched steps are lost: end all that run, and trust no KV computed so far.
@@ -193,35 +175,42 @@ class Scheduler:
         for request in [request for last in self._closing.values() for request in last]:
             self._release(request)
         self._closing.clear()
+        self._drafts.clear()
         self._coming_blocks = 0
-        self._planned_decodes[:] = False
+        self._decodes.forget()
         for request in [r for r in self.requests.values() if r.slot != NO_SLOT]:
             self.finish(request.id, Finish.ERROR, now_s, error=error)
         self.pool.flush()
+        self._tables.host.lose(self.requests.values())
 
     # ------------------------------------------------------------ one step
 
     def schedule(self, now_s: float = 0.0) -> StepPlan | None:
         """Plan the next step; None when no request can move."""
-        plan = StepPlan(self._step + 1, released=self._released)
+        host = self._tables.host
+        plan = StepPlan(self._step + 1, released=self._released, swap_outs=host.swap_outs)
         self._make_room()
         preemptions = self.counters.preemptions
-        self._plan_decodes(plan)
-        budget = self._prefill_budget(plan)
+        stalled = self._plan_decodes(plan)
+        drafting = self._slots.drafting(stalled) if self._slots.num_lookahead else NO_SLOTS
+        budget = self._prefill_budget(plan, drafting)
         may_admit = self.counters.preemptions == preemptions  # not where memory has just run out
+        begun = self.policy.in_order(list(self._prefilling.values())) if self._prefilling else ()
         if may_admit and self.policy.is_pressing():
             budget = self._admit(plan, budget, now_s, only_pressing=True)
-        for request in self.policy.in_order(list(self._prefilling.values())):
+        for request in begun:
             budget -= self._plan_chunk(plan, request, budget)
         if may_admit:
-            self._admit(plan, budget, now_s)
-        if plan.num_tokens == 0:
+            budget = self._admit(plan, budget, now_s)
+        if len(drafting):
+            speculation.plan_drafts(self._slots, self.pool, plan, drafting, budget)
+            self._drafts[plan.step] = plan.drafts
+        if plan.num_decodes == 0 and not plan.prefill and not len(drafting):
+            self._decodes.withdraw()
             return None
         self._step = plan.step
-        self._released = []
-        if plan.decode_leaves or plan.decode_joins:
-            self._planned_decodes[plan.decode_leaves] = False
-            self._planned_decodes[plan.decode_joins] = True
+        self._released, host.swap_outs = [], []
+        self._decodes.commit(plan)
         return plan
 
     def apply(self, result: StepResult, now_s: float = 0.0) -> Drawn:
@@ -230,24 +219,43 @@ class Scheduler:
         Requests that end here also appear in `take_ended()`.
         """
         self._applied = result.step
+        drafts = self._drafts.pop(result.step, None)
+        if drafts is not None:
+            result = self._settle_drafts(drafts, result)
         slots, token_ids, stopped = result.slots, result.token_ids, result.stopped
-        is_live = self._slots.is_live[slots]  # others ended while this step was in flight
-        has_token = is_live & result.ok
-        if np.count_nonzero(has_token) < len(slots):
-            self._fail(slots[is_live & ~result.ok], now_s)
+        failed = NO_SLOTS
+        if self._closing or np.count_nonzero(result.ok) < len(slots):
+            is_live = self._slots.is_live[slots]  # others ended while this step was in flight
+            has_token = is_live & result.ok
+            failed = slots[is_live & ~result.ok]
             slots, token_ids, stopped = slots[has_token], token_ids[has_token], stopped[has_token]
-        self._slots.append(slots, token_ids)
+        if drafts is None:
+            self._slots.append(slots, token_ids)
+        else:
+            self._slots.append_runs(slots, token_ids, speculation.first_of_run(slots))
         self.policy.drew(slots)
         drawn = Drawn(self._slots.ids[slots], token_ids)
         for row in stopped.nonzero()[0].tolist():
             stop_token = int(token_ids[row])
             self.finish(int(drawn.request_ids[row]), Finish.STOP, now_s, stop_token=stop_token)
-        for slot in self._slots.at_length().tolist():
-            self.finish(self.request_at(slot).id, Finish.LENGTH, now_s)
+        if len(failed):
+            self._fail(failed, now_s)
+        for slot in self._decodes.pop_last_draws(result.step):
+            if self._slots.is_live[slot]:
+                self.finish(self.request_at(slot).id, Finish.LENGTH, now_s)
         for request in self._closing.pop(result.step, ()):
             self._coming_blocks -= len(self.blocks_of(request))
             self._release(request)
         return drawn
+
+    def _settle_drafts(self, drafts: Rows, result: StepResult) -> StepResult:
+        """What of a result with drafts counts; whose drafts these were can be planned again."""
+        result = speculation.up_to_ends(result)
+        done = speculation.settle(self._slots, drafts, result)
+        for request in self._closing.get(result.step, ()):
+            self._slots.speculates[request.slot] = 0
+        self._decodes.draw_last(result.step, done.tolist())
+        return result
 
     def _fail(self, slots: Slots, now_s: float) -> None:
         error = "no token could be drawn: the logits are NaN, or no token is allowed"
@@ -256,81 +264,89 @@ class Scheduler:
 
     # ------------------------------------------------------------ parts of schedule()
 
-    def _plan_decodes(self, plan: StepPlan) -> None:
-        """One token for every decoding slot; a block first for those that begin one."""
+    def _plan_decodes(self, plan: StepPlan) -> list[int]:
+        """One token for every decoding slot; a block first for those that begin one.
+
+        Returns the slots that get no block for now. All others that stream have room for a token.
+        """
         table = self._slots
-        crossing = (table.decodes & (table.computed == table.capacity)).nonzero()[0]
+        streams = table.streams() if table.num_lookahead else table.decodes
+        crossing = (table.computed + streams > table.capacity).nonzero()[0]
         stalled = self._grow(plan, crossing) if len(crossing) else []
-        decodes = table.decodes
-        if stalled:  # they try again in the next step
-            decodes = decodes.copy()
-            decodes[stalled] = False
-        changed = (decodes != self._planned_decodes).nonzero()[0]
-        if len(changed):
-            joins = decodes[changed]
-            plan.decode_leaves = changed[~joins].tolist()
-            plan.decode_joins = changed[joins].tolist()
-        plan.num_decodes = int(np.count_nonzero(decodes))
-        table.computed += decodes
-        table.last_step[decodes] = plan.step
-        # One whose last token this step draws is not planned past it.
-        table.decodes &= table.computed != table.end
+        self._decodes.advance(plan, stalled)
+        return stalled
 
     def _grow(self, plan: StepPlan, crossing: Slots) -> list[int]:
         """A new block for each of these decoding slots; returns those that get none for now."""
+        if self._tables.window is not None:
+            for slot in crossing.tolist():
+                position = int(self._slots.computed[slot]) - self._in_flight(slot)
+                self._tables.slide(self.request_at(slot), position, self._applied)
         blocks = self.pool.take(len(crossing))
         if blocks is not None:
-            plan.block_appends = self._slots.add_blocks(crossing, blocks)
+            plan.append_blocks(crossing, self._slots.add_blocks(crossing, blocks), blocks)
             return []
         stalled: list[int] = []
         for slot in crossing.tolist():
-            if self._slots.decodes[slot] and not self._grow_one(plan, slot, len(stalled)):
+            if self._slots.is_stream(slot) and not self._grow_one(plan, slot, len(stalled)):
                 stalled.append(slot)
-        decodes = self._slots.decodes  # without those that were preempted meanwhile
-        plan.block_appends = [row for row in plan.block_appends if decodes[row[0]]]
+        streams = self._slots.streams()  # without those that were preempted meanwhile
+        plan.block_appends = plan.block_appends[streams[plan.block_appends[:, 0]] != 0]
         # The last to yield may have brought blocks enough for some that had stalled before.
-        return [slot for slot in stalled if decodes[slot] and not self._extend(plan, slot)]
+        return [slot for slot in stalled if streams[slot] and not self._extend(plan, slot)]
 
     def _grow_one(self, plan: StepPlan, slot: int, num_stalled: int) -> bool:
         """Append a block to a decoding slot, preempting others for it; False: not in this step."""
         while not self._extend(plan, slot):
             if self._coming_blocks > num_stalled:
                 return False  # enough is on its way back; preempting more would be in vain
+            if self._tables.window is not None and self._in_flight(slot):
+                return False  # so may be the end of what still reads a block of its own
             self._preempt(self.policy.victim(self._running()))
-            if not self._slots.decodes[slot]:
+            if not self._slots.is_stream(slot):
                 return False  # it was the victim itself
         return True
 
     def _extend(self, plan: StepPlan, slot: int) -> bool:
         block = self.pool.take(1)
-        if block is not None:
-            plan.block_appends += self._slots.add_blocks(np.array([slot]), block)
-        return block is not None
+        if block is None:
+            return False
+        slots = np.array([slot])
+        plan.append_blocks(slots, self._slots.add_blocks(slots, block), block)
+        return True
 
-    def _prefill_budget(self, plan: StepPlan) -> int:
+    def _in_flight(self, slot: int) -> int:
+        """Launched steps with a decoding slot, at most, whose results are not applied yet."""
+        return max(0, self._decodes.last_step(slot) - self._applied)
+
+    def _prefill_budget(self, plan: StepPlan, drafting: Slots) -> int:
         """Tokens left for prompts: within the step's limit, and the time that streams may wait."""
-        budget = self.limits.max_step_tokens - plan.num_decodes
+        num_streams = plan.num_decodes + len(drafting)
+        budget = self.limits.max_step_tokens - num_streams
         if self.cost is None:
             return budget
         table = self._slots
-        plan.context_tokens = int(table.computed @ (table.last_step == plan.step))
+        plan.context_tokens = int(table.computed @ table.decodes + table.computed[drafting].sum())
         target_s = self.limits.itl_target_s
-        if target_s is None or plan.num_decodes == 0:
+        if target_s is None or num_streams == 0:
             return budget
-        return min(budget, self.cost.budget(target_s, plan.num_decodes, plan.context_tokens))
+        return min(budget, self.cost.budget(target_s, num_streams, plan.context_tokens))
 
     def _plan_chunk(self, plan: StepPlan, request: Request, budget: int) -> int:
         """The next part of a prompt, as far as the budget goes; returns its length."""
         missing = request.num_known - request.num_computed
-        length = min(budget, missing)
+        room = self._tables.room_ahead(plan, request, self._applied)
+        length = min(budget, missing, room)
         if length <= 0:
             return 0
+        if self._tables.window is not None:
+            request.launched.append((plan.step, request.num_computed))
         chunk = PrefillChunk(request.slot, request.num_computed, length, length == missing)
         plan.prefill.append(chunk)
         request.num_computed += length
         self._slots.computed[request.slot] = request.num_computed
         self._slots.last_step[request.slot] = plan.step
-        self._remember(request)
+        self._tables.wrote(plan.step, request, chunk.start)
         if chunk.samples:
             self._prefilled(request)
         return length
@@ -339,7 +355,12 @@ class Scheduler:
         """All known tokens are computed: from the next step on it decodes."""
         slot, table = request.slot, self._slots
         del self._prefilling[slot]
-        table.decodes[slot] = table.computed[slot] != table.end[slot]
+        if table.computed[slot] == table.end[slot]:
+            self._decodes.draw_last(int(table.last_step[slot]), [slot])
+        elif request.lookahead:
+            table.speculates[slot] = 1
+        else:
+            self._decodes.join(slot)
         self._free_followers(request)
 
     def _make_room(self) -> None:
@@ -351,7 +372,7 @@ class Scheduler:
             return
         head = self.policy.head()
         assert head is not None, "who is pressing waits"
-        if not (self._slots.free and self._fits(head, self._cached_prefix(head))):
+        if not (self._slots.free and self._tables.fits(head)):
             victim = self.policy.makes_room(self._running())
             if victim is not None:
                 self._preempt(victim)
@@ -359,10 +380,12 @@ class Scheduler:
     def _admit(self, plan: StepPlan, budget: int, now_s: float, only_pressing: bool = False) -> int:
         """Give slots and blocks to waiting requests, in the policy's order and never past it.
 
-        Returns what is left of the budget.
+        A prompt that has begun takes the budget until it ends, or until one of another tenant is
+        pressing. So whoever is admitted finds all that its tenant's prompts before it had in common
+        with it: they are computed, or in this very step. Returns what is left of the budget.
         """
         while budget > 0 and self._slots.free and (request := self.policy.head()) is not None:
-            if only_pressing and not self.policy.is_pressing():
+            if only_pressing and not (self.policy.is_pressing() and self._may_overtake(request)):
                 break
             if not self._place(plan, request):
                 break
@@ -375,35 +398,22 @@ class Scheduler:
 
     def _place(self, plan: StepPlan, request: Request) -> bool:
         """Reserve a slot, and blocks for all known tokens; False: there aren't enough blocks."""
-        hits = self._cached_prefix(request)
-        if not self._fits(request, hits):
+        leader = None if request.leader is None else self.requests.get(request.leader)
+        if leader is not None and leader.slot == NO_SLOT:
+            leader = None
+        if not self._tables.place(plan, request, leader):
             return False
-        self.pool.share(hits)  # before taking others, which may evict
-        fresh = self.pool.take(self._blocks_for(request.num_known) - len(hits))
-        assert fresh is not None, "blocks were counted before they were taken"
-        blocks = np.concatenate([hits, fresh])
-        request.num_computed = len(hits) * self.limits.block_size
-        chain = Chain(request.tenant, len(hits), is_closed=not self.limits.prefix_caching)
-        slot = self._slots.occupy(request, blocks, request.num_computed, chain)
         if request.num_preemptions == 0:
             request.cached_tokens = request.num_computed
             self.counters.prefix_query_tokens += len(request.prompt) if request.read_cache else 0
             self.counters.prefix_hit_tokens += request.cached_tokens
-        self._prefilling[slot] = request
+        self._prefilling[request.slot] = request
         plan.admitted.append(request)
-        plan.block_appends += zip(repeat(slot), count(), blocks.tolist())
         return True
 
-    def _fits(self, request: Request, hits: BlockIds) -> bool:
-        """Whether there are blocks for all known tokens of a request that shares `hits`."""
-        need = self._blocks_for(request.num_known) - len(hits)
-        return self.pool.num_available - self.pool.num_idle(hits) >= need
-
-    def _cached_prefix(self, request: Request) -> BlockIds:
-        """Cached blocks to begin with; at least one token is left to compute."""
-        if not (self.limits.prefix_caching and request.read_cache):
-            return np.empty(0, np.int32)
-        return self.cache.match(request.known_tokens()[:-1], request.tenant)
+    def _may_overtake(self, request: Request) -> bool:
+        """Whether none of the begun prompts is of its own tenant: from that it may share blocks."""
+        return all(begun.tenant != request.tenant for begun in self._prefilling.values())
 
     # ------------------------------------------------------------ leaving a slot
 
@@ -419,10 +429,10 @@ class Scheduler:
             return
         slot = request.slot
         request.is_closing = True
-        request.num_computed = int(self._slots.computed[slot])
-        self._slots.decodes[slot] = False
+        self._slots.speculates[slot] = 0
+        self._decodes.leave(slot)
         self._prefilling.pop(slot, None)
-        last_step = int(self._slots.last_step[slot])
+        last_step = self._decodes.last_step(slot)
         if last_step > self._applied:
             self._closing[last_step].append(request)
             self._coming_blocks += len(self.blocks_of(request))
@@ -432,24 +442,20 @@ class Scheduler:
     def _release(self, request: Request) -> None:
         """Slot and blocks go back; full blocks stay cached. A preempted request waits again."""
         if request.finish is not Finish.ERROR:
-            self._remember(request)
+            self._tables.leave(request)
         if request.finish is None:
             self._keep_outputs(request)
-        self.pool.give_back(self.blocks_of(request))
+            self._tables.swap_out(request)
+        self._tables.give_back(request)
         self.policy.left(request)
         self._released.append(request.slot)
         self._slots.vacate(request.slot)
         request.is_closing = False
         if request.finish is None:
             request.num_computed = 0
+            request.launched.clear()
             self._count_waiting(request, +1)
             self._enqueue(request)
-
-    def _remember(self, request: Request) -> None:
-        """Index its full blocks whose tokens are both known and computed."""
-        slot, table = request.slot, self._slots
-        valid = table.tokens(slot)[: request.num_computed]
-        self.cache.insert(valid, table.blocks(slot), table.chains[slot])
 
     def _keep_outputs(self, request: Request) -> None:
         request.outputs = self._slots.tokens(request.slot)[len(request.prompt) :].tolist()
@@ -472,6 +478,3 @@ class Scheduler:
 
     def _running(self) -> list[Request]:
         return [r for r in self._slots.requests if r is not None and not r.is_closing]
-
-    def _blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.limits.block_size)

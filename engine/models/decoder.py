@@ -6,14 +6,22 @@ builds the ForwardBatch. After it: kernels/attention.py, and kernels/sampling.py
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
+from millrace.engine.models.chains import FusedChain, FusedLayer, PlainChain
 from millrace.engine.models.forward_batch import ForwardBatch, KVCache
 from millrace.engine.models.layers import Progress, WeightLoader, load_layers
 from millrace.engine.models.registry import ModelConfig
 from millrace.engine.weights.checkpoint import Checkpoint
 from millrace.kernels.dispatch import Operations
 from millrace.kernels.kv_append import rope_table
+from millrace.kernels.sampling import SampledTokens
+from millrace.kernels.slot_sampling import SlotSampling
+
+if TYPE_CHECKING:  # it needs triton, which is not everywhere
+    from millrace.kernels.fused_model import FusedHead
 
 __all__ = ["Decoder", "Progress"]
 
@@ -41,11 +49,13 @@ class Decoder:
         self._embedding = loader.tensor("model.embed_tokens.weight", vocab, hidden)  # [V, E]
         threads = GPU_LOADING_THREADS if device.type == "cuda" else CPU_LOADING_THREADS
         self._layers = load_layers(loader, config, threads, progress)
-        self._norm = loader.tensor("model.norm.weight", hidden)
+        final_norm = loader.tensor("model.norm.weight", hidden)
+        self._plain = PlainChain(self._layers, final_norm, operations, config.rms_norm_eps)
         if config.tied_embeddings:
             self._head = operations.pack_linear(self._embedding, None)
         else:
             self._head = loader.linear("", {"lm_head": vocab}, hidden, bias=False)
+        self._fused, self._fused_head = self._fuse(final_norm)
         self.num_parameters = loader.num_parameters
         self._cos_sin = rope_table(
             config.head_dim, max_context, config.rope_theta, config.rope_scaling, device
@@ -54,37 +64,65 @@ class Decoder:
 
     def forward(self, batch: ForwardBatch, kv: KVCache) -> torch.Tensor:
         """Hidden states [T, E] of the batch's tokens, normed; their K and V are in `kv` after."""
-        ops, eps = self._operations, self.config.rms_norm_eps
+        ops, config = self._operations, self.config
         block_size = kv.keys[0].shape[1]
         prepared = {
             window: ops.prepare_attention(batch.attention, block_size, window)
-            for window in set(self.config.windows)
+            for window in set(config.windows)
         }
-        residual = torch.nn.functional.embedding(batch.token_ids, self._embedding)  # [T, E]
-        x = ops.rms_norm(residual, self._layers[0].attention_norm, eps)
-        following = [layer.attention_norm for layer in self._layers[1:]] + [self._norm]
-        for index, (layer, next_norm) in enumerate(zip(self._layers, following, strict=True)):
-            keys, values = kv.keys[index], kv.values[index]
-            q = ops.kv_append(
-                layer.qkv(x),
-                batch.positions,
-                batch.write_index,
-                self._cos_sin,
-                keys,
-                values,
-                self.config.num_heads,
-                layer.q_norm,
-                layer.k_norm,
-                eps,
-            )  # [T, H, D]
-            window = self.config.windows[index]
-            attended = ops.paged_attention(q, keys, values, prepared[window], scale=self._scale)
-            x = layer.output(attended.flatten(1))
-            x, residual = ops.add_rms_norm(x, residual, layer.mlp_norm, eps)
-            x = layer.down(ops.silu_mul(layer.gate_up(x)))
-            x, residual = ops.add_rms_norm(x, residual, next_norm, eps)
-        return x
+
+        only_decodes = batch.attention.num_decodes == len(batch.attention.slots)
+
+        def attend(index: int, qkv: torch.Tensor) -> torch.Tensor:
+            keys, values, layer = kv.keys[index], kv.values[index], self._layers[index]
+            attention = prepared[config.windows[index]]
+            appended = (
+                *(qkv, batch.positions, batch.write_index, self._cos_sin, keys, values),
+                *(config.num_heads, layer.q_norm, layer.k_norm, config.rms_norm_eps),
+            )
+            if only_decodes and ops.append_attention is not None:
+                out = ops.append_attention(*appended, attention, scale=self._scale)
+            else:
+                q = ops.kv_append(*appended)
+                out = ops.paged_attention(q, keys, values, attention, scale=self._scale)
+            return out.flatten(1)  # [T, H D]
+
+        embedded = torch.nn.functional.embedding(batch.token_ids, self._embedding)  # [T, E]
+        if self._fused is not None and len(embedded) <= self._fused.rows:
+            return self._fused(embedded, attend)
+        return self._plain(embedded, attend)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [N, V] of hidden states [N, E], in the model's dtype."""
-        return self._head(hidden)
+        return self._head(hidden) if self._fused_head is None else self._fused_head(hidden)
+
+    @property
+    def draw_rows(self) -> int:
+        """The most rows that `draw` takes; 0 where the logits are the faster way."""
+        return 0 if self._fused_head is None else self._fused_head.draw_rows
+
+    def draw(
+        self,
+        hidden: torch.Tensor,
+        slots: torch.Tensor,
+        positions: torch.Tensor,
+        sampling: SlotSampling,
+    ) -> SampledTokens:
+        """The tokens at `positions` [N] of `slots` [N] from hidden states [N, E], by temperature
+        alone: what `Operations.sample` draws from their logits."""
+        assert self._fused_head is not None, "draw_rows says when"
+        return self._fused_head.draw(hidden, slots, positions, sampling)
+
+    def _fuse(self, final_norm: torch.Tensor) -> tuple[FusedChain | None, FusedHead | None]:
+        """The fused products of the same weights, where the operations have such."""
+        if self._operations.fuse is None:
+            return None, None
+        packed = [(of.qkv, of.output, of.gate_up, of.down) for of in self._layers]
+        weights = [linear.weight for layer in packed for linear in layer]
+        made = self._operations.fuse(weights, self._head.weight)
+        layers = [
+            FusedLayer(layer, *made.linears[4 * index : 4 * index + 4])
+            for index, layer in enumerate(self._layers)
+        ]
+        chain = FusedChain(layers, final_norm, self._operations, self.config.rms_norm_eps)
+        return chain, made.head

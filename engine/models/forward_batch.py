@@ -1,7 +1,7 @@
 """ForwardBatch and KVCache: everything that a forward pass reads, as arguments.
 
-Letters: T tokens of the step, R rows (one a request), S slots, B blocks, P tokens per block,
-G KV heads, D head dimension.
+Letters: L layers, T tokens of the step, R rows (one a request), S slots, B blocks, P tokens per
+block, G KV heads, D head dimension.
 """
 
 from __future__ import annotations
@@ -15,8 +15,12 @@ from millrace.kernels.attention import AttentionBatch
 
 @dataclass(frozen=True, slots=True)
 class KVCache:
-    """By layer, K and V each [B, P, G, D]: one layout for every backend."""
+    """By layer, K and V each [B, P, G, D]: one layout for every backend.
 
+    All of them are parts of one tensor, so that whole blocks can be moved at once.
+    """
+
+    storage: torch.Tensor  # [L, 2, B, P, G, D]
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
 
@@ -29,12 +33,9 @@ class KVCache:
         device: torch.device,
     ) -> KVCache:
         """`shape` is (B, P, G, D). Memory is touched (and so taken) as blocks are written."""
-        pairs = [
-            (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
-            for _ in range(num_layers)
-        ]
-        keys, values = zip(*pairs, strict=True)
-        return cls(list(keys), list(values))
+        storage = torch.empty((num_layers, 2, *shape), dtype=dtype, device=device)
+        keys, values = storage.unbind(1)
+        return cls(storage, list(keys), list(values))
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,5 +52,5 @@ class ForwardBatch:
 
     token_ids: torch.Tensor  # i64 [T]
     positions: torch.Tensor  # i64 [T]
-    write_index: torch.Tensor  # i64 [T]: block * P + offset at which the token's K and V belong
+    write_index: torch.Tensor  # i64 [T]: block * P + offset of the token's K and V; padding: -1
     attention: AttentionBatch

@@ -1,9 +1,10 @@
-"""One decoder layer: its weights, and its pass over a step's tokens.
+"""The weights of a decoder's layers, from a checkpoint to what the operations take.
 
-    x = x + attention(rms_norm(x));   x = x + mlp(rms_norm(x))
+Projections that read the same input are one matrix: q, k and v; gate and up. Where the operations
+have fused products, the rows of gate and up alternate, which those need and the others do not mind:
+each weight exists once. `chains.py` has what is done with them.
 
-Projections that read the same input are one matrix: q, k and v; gate and up.
-Shapes: T tokens, E hidden, F ffn, H query heads, G KV heads, D head dimension.
+Shapes: E hidden, F ffn, H query heads, G KV heads, D head dimension.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from millrace.engine.models.upload import uploader
 from millrace.engine.weights.checkpoint import Checkpoint, take
 from millrace.kernels.dispatch import Operations
 from millrace.kernels.matmul import PackedLinear
+from millrace.kernels.matmul_fused import interleave_gate_up
 
 Progress = Callable[[str, int, int], None]  # what was loaded, how many of, how many
+Stack = Callable[[list[torch.Tensor]], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +70,30 @@ class WeightLoader:
         """Elements loaded so far."""
         return sum(self._sizes.values())
 
-    def linear(self, prefix: str, outputs: dict[str, int], inputs: int, bias: bool) -> PackedLinear:
+    def linear(
+        self,
+        prefix: str,
+        outputs: dict[str, int],
+        inputs: int,
+        bias: bool,
+        stack: Stack = torch.cat,
+    ) -> PackedLinear:
         """The named projections of one input, stacked into a single packed matrix."""
         weights = [self.tensor(f"{prefix}{n}.weight", size, inputs) for n, size in outputs.items()]
         biases = [self.tensor(f"{prefix}{n}.bias", size) for n, size in outputs.items() if bias]
-        stacked = weights[0] if len(weights) == 1 else torch.cat(weights)
-        return self._operations.pack_linear(stacked, torch.cat(biases) if biases else None)
+        stacked = weights[0] if len(weights) == 1 else stack(weights)
+        return self._operations.pack_linear(stacked, stack(biases) if biases else None)
+
+    def gate_up(self, prefix: str, ffn: int, inputs: int, bias: bool) -> PackedLinear:
+        """gate and up, one below the other, or row by row for fused products."""
+        outputs = {"gate_proj": ffn, "up_proj": ffn}
+        stack = _alternating if self._operations.interleaved else torch.cat
+        return self.linear(prefix, outputs, inputs, bias, stack)
+
+
+def _alternating(gate_and_up: list[torch.Tensor]) -> torch.Tensor:
+    gate, up = gate_and_up
+    return interleave_gate_up(gate, up)
 
 
 def load_layers(
@@ -106,6 +127,6 @@ def load_layer(loader: WeightLoader, config: ModelConfig, index: int) -> LayerWe
         k_norm=loader.tensor(attention + "k_norm.weight", dim) if config.qk_norm else None,
         output=loader.linear(attention, {"o_proj": hidden}, queries, config.output_bias),
         mlp_norm=loader.tensor(prefix + "post_attention_layernorm.weight", hidden),
-        gate_up=loader.linear(mlp, {"gate_proj": ffn, "up_proj": ffn}, hidden, config.mlp_bias),
+        gate_up=loader.gate_up(mlp, ffn, hidden, config.mlp_bias),
         down=loader.linear(mlp, {"down_proj": hidden}, ffn, config.mlp_bias),
     )

@@ -42,6 +42,12 @@ class ModelConfig:
     eos_ids: tuple[int, ...]
 
     @property
+    def window(self) -> int | None:
+        """Positions that the widest layer sees; None: some layer sees all of them."""
+        widths = [width for width in self.windows if width is not None]
+        return max(widths) if len(widths) == self.num_layers else None
+
+    @property
     def kv_elements_per_token(self) -> int:
         """Elements of K and V of one token, over all layers."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim

@@ -30,7 +30,13 @@ import numpy.typing as npt
 
 from millrace.engine.core.messages import NewRequest
 from millrace.engine.runner.packed import PackedArrays
-from millrace.kernels.slot_sampling import SlotSampling, SlotValues
+from millrace.kernels.slot_sampling import (
+    NO_LOGPROBS,
+    PROCESSED_LOGPROBS,
+    RAW_LOGPROBS,
+    SlotSampling,
+    SlotValues,
+)
 from millrace.scheduler.plan import PrefillChunk, StepPlan
 from millrace.scheduler.request import Request
 
@@ -38,6 +44,8 @@ Slots = npt.NDArray[np.int64]
 
 WIDE = ("bias", "prompt_seen", "output_counts")
 """Fields over the whole vocabulary, which are read only where a slot's `has_` flag says so."""
+
+LOGPROB_KINDS = {"raw": RAW_LOGPROBS, "processed": PROCESSED_LOGPROBS}
 
 
 class ChangePacker:
@@ -49,11 +57,18 @@ class ChangePacker:
         self._values = SlotSampling.zeros(1, vocab_size)  # one request's, checked and laid out
 
     def table_changes(self, plan: StepPlan, packed: PackedArrays) -> None:
-        """Admissions and new blocks."""
-        if plan.block_appends:
-            rows = np.array(plan.block_appends, np.int64)  # [n, 3]: slot, index, block
-            packed.add("block_places", rows[:, 0] * self._row_blocks + rows[:, 1])
-            packed.add("blocks", rows[:, 2].astype(np.int32))
+        """Admissions and new blocks.
+
+        Raises:
+            NotImplementedError: the plan has drafts: this runner draws one token a slot.
+        """
+        if len(plan.drafts):
+            slots = plan.drafts[:, 0].tolist()
+            raise NotImplementedError(f"step {plan.step} checks drafts in slots {slots}")
+        if len(plan.block_appends):
+            slots, indices, blocks = plan.block_appends.T
+            packed.add("block_places", slots.astype(np.int64) * self._row_blocks + indices)
+            packed.add("blocks", blocks)
         if plan.admitted:
             self._admissions(plan, packed)
 
@@ -136,6 +151,7 @@ def slot_values(request: Request) -> SlotValues:
         repetition_penalty=params.repetition_penalty,
         presence_penalty=params.presence_penalty,
         frequency_penalty=params.frequency_penalty,
+        logprobs=NO_LOGPROBS if params.logprobs is None else LOGPROB_KINDS[params.logprobs_mode],
         seed=params.seed or 0,
         bias=dict(params.logit_bias or {})
         | dict.fromkeys(params.banned_token_ids or (), -math.inf),

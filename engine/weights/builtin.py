@@ -95,6 +95,11 @@ def ensure(model: BuiltinModel, progress: Progress | None = None) -> Path:
     return path
 
 
+def is_here(model: BuiltinModel) -> bool:
+    """Whether `ensure` would find it in the cache, and fetch nothing."""
+    return _is_whole(cache_folder() / model.file_name, model)
+
+
 def _is_whole(path: Path, model: BuiltinModel) -> bool:
     return path.is_file() and path.stat().st_size == model.size
 

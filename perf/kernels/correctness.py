@@ -1,4 +1,4 @@
-"""The kernels' tests on the GPU: pytest over tests/kernels/gpu, a row a test, read as it prints.
+"""The GPU tests of the kernels and of the runner: pytest, a row a test, read as it prints them.
 
 Most of their time goes to compiling, so they run in several processes where pytest-xdist is there.
 """
@@ -19,6 +19,7 @@ from millrace.perf.results import FAILED
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = "tests/kernels/gpu"
+RUNNER_TESTS = "tests/engine/runner/test_on_gpu.py"  # on models that transformers makes
 MOST_WORKERS = 8
 ENDS = "PASSED|FAILED|ERROR|XFAIL|XPASS"
 TEST_ENDS = re.compile(rf"^(\S+\.py::.+?) ({ENDS})\b")
@@ -60,6 +61,8 @@ def run(session: Session) -> None:
 
 def _command() -> list[str]:
     command = [sys.executable, "-u", "-P", "-m", "pytest", "-v", "-m", "gpu", TESTS]
+    if find_spec("transformers") and (ROOT / RUNNER_TESTS).is_file():
+        command.append(RUNNER_TESTS)
     workers = min(MOST_WORKERS, len(os.sched_getaffinity(0)) // 2)
     return [*command, "-n", str(workers)] if find_spec("xdist") and workers > 1 else command
 

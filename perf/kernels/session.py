@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -68,6 +69,7 @@ class Session:
     record: Callable[[dict[str, Any]], None]
     ceilings: Ceilings | None = None  # None while they are measured themselves
     compiles: tuple[int, int] | None = None  # (i, n): compile every n-th case from i on, no more
+    folder: Path = Path()  # of the results, for what is a file of its own: traces
     cut: bool = field(default=False)  # whether something was left out for lack of time
 
     def out_of_time(self) -> bool:
@@ -75,22 +77,24 @@ class Session:
         self.cut = self.cut or time.monotonic() > self.deadline
         return self.cut
 
-    def measure_all(self, cases: Iterable[Case]) -> None:
-        """Check and time each provider on each case, until the time is up."""
+    def measure_all(self, cases: Iterable[Case]) -> list[Row]:
+        """Check and time each provider on each case, until the time is up; the recorded rows."""
+        rows: list[Row] = []
         if self.compiles is not None:
             for case in islice(cases, self.compiles[0], None, self.compiles[1]):
                 self._compile(case)
-            return
+            return rows
         for case in cases:
             if self.out_of_time():
-                return
+                break
             for name, provider in case.providers.items():
-                row = self.measure(case, name, provider)
-                print(line_of(row), flush=True)
-                self.record(asdict(row))
+                rows.append(self.measure(case, name, provider))
+                print(line_of(rows[-1]), flush=True)
+                self.record(asdict(rows[-1]))
                 gc.collect()
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()
+        return rows
 
     def _compile(self, case: Case) -> None:
         """Run our forms once, small: Triton keeps what it compiled on the disk."""

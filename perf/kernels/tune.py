@@ -70,7 +70,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="tune", description="Launch configurations, measured")
     parser.add_argument("--op", required=True, help="as the launcher says it")
     parser.add_argument("--key", required=True, help="likewise: the shape that a model fixes")
-    benches = [part.name for part in PARTS if part.needs_ceilings]
+    benches = [part.name for part in PARTS if ".bench_" in part.module]
     parser.add_argument("--part", required=True, choices=benches)
     parser.add_argument("--case", required=True, help="how the names of the cases begin")
     parser.add_argument("--warps", nargs="+", type=int, default=[4, 8])

@@ -29,6 +29,14 @@ class AttentionCase:
     block_size: int
     kv_scales: KVScales | None = None
 
+    def leave_window(self, window: int) -> None:
+        """Put a block of NaNs in the place of those that lie wholly before each row's window."""
+        table, starts = self.batch.block_table, self.batch.query_start.tolist()
+        of_nans = next(i for i in range(len(self.k_cache)) if i not in table)
+        for i_row, context in enumerate(self.batch.context_lens.tolist()):
+            first = context - (starts[i_row + 1] - starts[i_row]) - window + 1
+            table[self.batch.slots[i_row], : max(0, first) // self.block_size] = of_nans
+
 
 @pytest.fixture
 def attention_case():
@@ -192,6 +200,7 @@ def sampling_case():
                 repetition_penalty=pick(1.0, 1.0, 1.3),
                 presence_penalty=pick(0.0, 0.0, 0.5),
                 frequency_penalty=pick(0.0, 0.3),
+                logprobs=slot % 3,
                 seed=number(1 << 62) * pick(1, -1),
                 stop_ids=ids(3),
                 min_position=pick(0, 0, 100),

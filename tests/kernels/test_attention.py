@@ -50,6 +50,16 @@ def test_definition_is_dense_causal_attention(attention_case, window, softcap):
     torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_blocks_that_left_the_window_are_not_read(attention_case):
+    """The scheduler frees them: another sequence may have written anything there, even NaN."""
+    case = attention_case([150, 150], [1, 20])
+    prepared = prepare_attention(case.batch, case.block_size, 40)
+    caches = (case.k_cache, case.v_cache)
+    expected = paged_attention_reference(case.q, *caches, prepared, scale=SCALE)
+    case.leave_window(40)
+    assert torch.equal(paged_attention_reference(case.q, *caches, prepared, scale=SCALE), expected)
+
+
 def test_a_quantized_cache_stands_for_its_numbers_times_the_scale_of_their_head(attention_case):
     case = attention_case([33, 1, 40], [1, 1, 9], cache_dtype=torch.float8_e4m3fn)
     prepared = prepare_attention(case.batch, case.block_size)

@@ -54,6 +54,14 @@ def test_rows_of_all_kinds(attention_case, rows, window, dtype):
     assert_is_defined_attention(attention_case(*rows, dtype=dtype), window)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_blocks_that_left_the_window_are_not_read(attention_case, dtype):
+    case = attention_case([150, 33, 150, 20], [1, 1, 20, 20], dtype=dtype)
+    expected = attend(case, window=40)
+    case.leave_window(40)
+    assert torch.equal(attend(case, window=40), expected)
+
+
 @pytest.mark.parametrize("block_size", [16, 32])
 @pytest.mark.parametrize("head_dim", [64, 80, 128])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (9, 3), (8, 2), (9, 1)], ids=str)

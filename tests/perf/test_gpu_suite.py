@@ -6,12 +6,14 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
+from importlib import import_module
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 import torch
 
+from millrace.perf.gpu_suite import PARTS, TOTAL_S
 from millrace.perf.kernels import correctness
 from millrace.perf.kernels.case import Row
 from millrace.perf.kernels.session import Session, Skip
@@ -21,6 +23,7 @@ from millrace.perf.summary import write_summary
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHES = ("attention", "sampling", "matmul", "kv_append", "norm", "activation")
+END_TO_END = "exactness"  # the quickest; tests/perf/test_e2e.py has the others
 DRY = ("--dry-run", "--seed", "3", "--commit", "c0ffee")
 LIMIT_S = 240  # on a busy machine; alone it takes some ten seconds
 
@@ -41,13 +44,13 @@ def suite(*arguments, script="from millrace.perf import gpu_suite", path=()):
 def dry_run(tmp_path_factory):
     """A whole run but for the tests, which are tested below."""
     folder = tmp_path_factory.mktemp("suite")
-    done = suite("--out", folder, "--only", *BENCHES, *DRY)
+    done = suite("--out", folder, "--only", *BENCHES, END_TO_END, *DRY)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
 
 def test_every_part_writes_its_rows_and_where_they_were_measured(dry_run):
-    for part in ("ceilings", *BENCHES):
+    for part in ("ceilings", *BENCHES, END_TO_END):
         result = load(dry_run, part)
         assert result.status == "done" and result.rows, part
         assert result.environment["device"] == "cpu"
@@ -65,8 +68,9 @@ def test_our_kernels_pass_their_checks_in_the_interpreter(dry_run, part):
 def test_the_summary_shows_every_part_and_its_plots(dry_run):
     summary = (dry_run / "summary.md").read_text()
     assert "## correctness\n\nnot run" in summary
-    for part in BENCHES:
+    for part in (*BENCHES, END_TO_END):
         assert f"## {part}" in summary
+    assert "| greedy tokens | random weights | 0 wrong | 0 |" in summary
     pictures = sorted(path.name for path in dry_run.glob("*.svg"))
     assert "decode-by-batch.svg" in pictures
     for name in pictures:
@@ -94,6 +98,15 @@ def test_one_part_can_be_run_again(dry_run):
     changed = {name for name in before if before[name] != after[name]}
     assert changed == {"ceilings.json", "norm.json"} and before.keys() == after.keys()
     assert "decode-by-batch.svg" in (dry_run / "summary.md").read_text()
+
+
+def test_all_parts_together_fit_in_the_time_of_the_suite():
+    assert sum(part.budget_s + part.compile_s for part in PARTS) <= TOTAL_S
+
+
+def test_every_part_can_be_imported():
+    for part in PARTS:
+        assert callable(getattr(import_module(part.module), part.entry)), part.name
 
 
 MODULES = {
@@ -258,6 +271,14 @@ def test_a_failed_test_is_a_failed_row_with_its_reason(checkout):
     ends = {row["test"].partition("::")[2]: row["status"] for row in rows[:2]}
     assert ends == {"test_holds": "passed", "test_fails": "FAILED"}
     assert rows[2]["status"] == "reason" and "assert 1 == 2" in rows[2]["note"]
+
+
+@pytest.mark.parametrize("package", ["transformers", "nowhere_to_be_found"])
+def test_the_runner_s_tests_run_where_their_models_can_be_made(monkeypatch, package):
+    found = {"transformers": package == "transformers"}
+    monkeypatch.setattr(correctness, "find_spec", lambda name: found.get(name))
+    assert (correctness.RUNNER_TESTS in correctness._command()) == found["transformers"]
+    assert (ROOT / correctness.RUNNER_TESTS).is_file()
 
 
 def test_no_test_at_all_is_a_failure_on_a_gpu_and_a_skip_in_a_dry_run(checkout):

@@ -10,12 +10,16 @@ import inspect
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 
 import pytest
 
 from millrace.perf.sim.world import simulate
+from millrace.scheduler import speculation
 from millrace.scheduler.block_pool import BlockPool
+from millrace.scheduler.block_tables import BlockTables
 from millrace.scheduler.deadline_first import EarliestDeadlineFirst
+from millrace.scheduler.decode_set import DecodeSet
 from millrace.scheduler.fair_share import FairShare
 from millrace.scheduler.policy import FirstComeFirstServed, Ordered
 from millrace.scheduler.prefix_cache import PrefixCache
@@ -23,13 +27,15 @@ from millrace.scheduler.priority import PriorityWithAging
 from millrace.scheduler.request_heap import RequestHeap
 from millrace.scheduler.scheduler import Scheduler
 from millrace.scheduler.slots import SlotTable
+from millrace.scheduler.swap import HostPool
+from millrace.scheduler.window import Window
 
 MAX_SEEDS = 300  # as many as an ordinary run of the simulation goes through
 
 
 @dataclass(frozen=True)
 class Bug:
-    owner: type
+    owner: type | ModuleType
     method: str
     changes: dict[str, str]  # from what, each found once, to what
 
@@ -43,15 +49,15 @@ BUGS = {
         Scheduler, "_leave_slot", {"if last_step > self._applied:": "if False:"}
     ),
     "hits are shared after other blocks were taken, which evicts them": Bug(
-        Scheduler,
-        "_place",
+        BlockTables,
+        "place",
         {
-            "self.pool.share(hits)": "pass",
-            "assert fresh is": "self.pool.share(hits)\n    assert fresh is",
+            "self._pool.share(hits)": "pass",
+            "assert fresh is": "self._pool.share(hits)\n    assert fresh is",
         },
     ),
     "hits that are idle are counted as blocks to be had": Bug(
-        Scheduler, "_place", {" - self.pool.num_idle(hits)": ""}
+        BlockTables, "_is_room", {" - self._pool.num_idle(hits)": ""}
     ),
     "blocks are given back head first": Bug(
         BlockPool,
@@ -65,10 +71,10 @@ BUGS = {
     ),
     # Prefix cache
     "a prompt that is cached whole leaves nothing to compute": Bug(
-        Scheduler, "_cached_prefix", {"known_tokens()[:-1]": "known_tokens()"}
+        BlockTables, "_cached_prefix", {"request.num_known - 1": "request.num_known"}
     ),
     "blocks not computed yet are cached": Bug(
-        Scheduler, "_remember", {"[: request.num_computed]": ""}
+        BlockTables, "index", {"int(table.computed[slot]), self": "9999, self"}
     ),
     "a chain goes on behind another's block": Bug(
         PrefixCache,
@@ -78,18 +84,80 @@ BUGS = {
     "prefixes match whatever comes before them": Bug(
         PrefixCache, "match", {"node = blocks[-1]": "pass"}
     ),
+    "a prompt is computed by two requests at once": Bug(
+        Scheduler, "_plan_chunk", {"self._tables.wrote(plan.step, request, chunk.start)": "pass"}
+    ),
     "KV of lost steps is trusted": Bug(Scheduler, "abandon", {"self.pool.flush()": "pass"}),
     "tokens computed again count as hits": Bug(
         Scheduler, "_place", {"if request.num_preemptions == 0:": "if True:"}
     ),
     "a leap outlives the block that it leads to": Bug(
-        PrefixCache, "evict", {"del self._leaps[leap_from]": "pass"}
+        PrefixCache, "_forget", {"del self._leaps[leap_from]": "pass"}
     ),
     "leaps are not told apart": Bug(
         PrefixCache, "match", {"leap is not None and data.startswith(leap[0], start)": "leap"}
     ),
     "a tenant's prefixes are kept under another's name": Bug(
-        Scheduler, "_place", {"Chain(request.tenant,": 'Chain("a",'}
+        BlockTables, "place", {"Chain(request.tenant,": 'Chain("a",'}
+    ),
+    # Copies
+    "a block is copied that the same step computes": Bug(
+        BlockTables, "_to_copy", {"self._written[pair[0]] < step": "True"}
+    ),
+    "a copy is trusted for a token more than there is": Bug(
+        BlockTables, "_to_copy", {"return (source, saved)": "return (source, saved + 1)"}
+    ),
+    "a token that was drawn last is taken for computed": Bug(
+        BlockTables, "leave", {"[: table.computed[slot]]": ""}
+    ),
+    "a tail that is replaced is lost": Bug(
+        BlockPool, "keep_tail", {"displaced is not None": "False"}
+    ),
+    "a tail is copied whatever comes before it": Bug(
+        PrefixCache, "partial", {"int(blocks[-1]) if len(blocks) else salt": "salt"}
+    ),
+    "an evicted tail can still be found": Bug(
+        PrefixCache, "_forget", {"del self._tails[key[0]]": "pass"}
+    ),
+    # Swapping
+    "a request that ends while it is swapped out keeps its host blocks": Bug(
+        Scheduler, "finish", {"self._tables.host.drop(request)": "pass"}
+    ),
+    "blocks are swapped out a step late, when others have written them": Bug(
+        Scheduler,
+        "schedule",
+        {
+            "swap_outs=host.swap_outs": "swap_outs=host.__dict__.setdefault('late', [])",
+            "self._released, host.swap_outs = [], []": (
+                "self._released, host.late, host.swap_outs = [], host.swap_outs, []"
+            ),
+        },
+    ),
+    "more is taken for swapped in than was swapped out": Bug(
+        HostPool,
+        "swap_in",
+        {"min(swapped.num_tokens, request.num_known - 1)": "request.num_known - 1"},
+    ),
+    "swapped blocks are used though those before them are gone": Bug(
+        HostPool, "swap_in", {"swapped.first <= num_hits < end": "num_hits < end"}
+    ),
+    "host copies of lost steps are trusted": Bug(
+        Scheduler, "abandon", {"self._tables.host.lose(self.requests.values())": "pass"}
+    ),
+    # Windows
+    "a block goes back while the window still holds its last position": Bug(
+        Window, "first_needed", {"- self.tokens + 1": "- self.tokens + 2"}
+    ),
+    "blocks go back that a chunk in flight reads": Bug(
+        BlockTables, "slide", {"launched[0][1] if launched else position": "position"}
+    ),
+    "the beginning of a chain goes back before its end": Bug(
+        BlockTables, "slide", {" and end >= chain.num_blocks": ""}
+    ),
+    "a window's blocks are indexed however far they are": Bug(
+        BlockTables,
+        "index",
+        {"min(int(table.computed[slot]), self._indexed_tokens)": "int(table.computed[slot])"},
     ),
     # Preemption
     "a preempted request forgets what it said": Bug(
@@ -102,10 +170,10 @@ BUGS = {
     ),
     "the oldest yields": Bug(Ordered, "victim", {"max(": "min("}),
     "new requests take what the preempted gave up": Bug(
-        Scheduler, "schedule", {"if self.counters.preemptions == preemptions:": "if True:"}
+        Scheduler, "schedule", {"self.counters.preemptions == preemptions": "True"}
     ),
     "a preempted slot keeps the block it was to get": Bug(
-        Scheduler, "_grow", {"if decodes[row[0]]": ""}
+        Scheduler, "_grow", {"[streams[plan.block_appends[:, 0]] != 0]": ""}
     ),
     # Ends
     "a request that has ended goes on drawing": Bug(
@@ -115,7 +183,7 @@ BUGS = {
         SlotTable, "occupy", {"= request.max_length - 1": "= request.max_length"}
     ),
     "an ended request stays in the decoding set": Bug(
-        Scheduler, "schedule", {"self._planned_decodes[plan.decode_leaves] = False": "pass"}
+        DecodeSet, "commit", {"self._told[plan.decode_leaves] = 0": "pass"}
     ),
     "a cancelled leader leaves its followers behind": Bug(
         Scheduler, "finish", {"self._free_followers(request)": "pass"}
@@ -128,9 +196,39 @@ BUGS = {
         "_fail",
         {"self.finish(self.request_at(slot).id, Finish.ERROR, now_s, error=error)": "pass"},
     ),
+    # Several tokens a step
+    "drafts that were wrong count as computed": Bug(
+        speculation, "settle", {"_ = drafts.T": "length = drafts.T", "kept[slots]": "length"}
+    ),
+    "the token behind the right drafts counts as computed": Bug(
+        speculation, "settle", {"kept[slots]": "kept[slots] + 1"}
+    ),
+    "who drafts is planned again before its result is known": Bug(
+        speculation, "plan_drafts", {"table.speculates[slots] = 0": "pass"}
+    ),
+    "tokens behind a stop token are kept": Bug(
+        speculation, "up_to_ends", {"is_end = result.stopped | ~result.ok": "is_end = ~result.ok"}
+    ),
+    "drafts go past a request's last token": Bug(
+        speculation, "plan_drafts", {", table.end[slots] - start - 1)": ", 9)"}
+    ),
+    "drafts have no room in the block table": Bug(
+        speculation, "plan_drafts", {"stop = np.minimum(stop, table.capacity[slots])": "pass"}
+    ),
+    "drafts are not taken from the budget": Bug(
+        speculation, "plan_drafts", {"budget - before": "drafts"}
+    ),
+    "who was preempted with drafts in flight is planned again": Bug(
+        Scheduler, "_settle_drafts", {"self._slots.speculates[request.slot] = 0": "pass"}
+    ),
+    "a tenant pays for one token a step": Bug(
+        FairShare,
+        "drew",
+        {"slots, self._price[slots],": "np.unique(slots), self._price[np.unique(slots)],"},
+    ),
     # Order and budget
     "decodes are not taken from the budget": Bug(
-        Scheduler, "_prefill_budget", {" - plan.num_decodes": ""}
+        Scheduler, "_prefill_budget", {" - num_streams": ""}
     ),
     "the last to come is served first": Bug(
         FirstComeFirstServed, "key", {"return request.arrival": "return -request.arrival"}
@@ -150,7 +248,7 @@ BUGS = {
     "the prompt is charged again after a preemption": Bug(
         FairShare, "pop", {"if request.num_preemptions == 0:": "if True:"}
     ),
-    "output is free": Bug(FairShare, "drew", {"self._price[slots]": "0"}),
+    "output is free": Bug(FairShare, "drew", {"self._price[slots]": "0 * self._price[slots]"}),
     "a tenant out of date in the order goes first": Bug(
         FairShare, "_first", {"tenant.counter != counter": "False"}
     ),
@@ -176,7 +274,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, bug: Bug) -> None:
 @pytest.mark.parametrize("name", BUGS)
 def test_the_simulation_catches(name, monkeypatch):
     plant(monkeypatch, BUGS[name])
-    with pytest.raises((AssertionError, LookupError)):
+    with pytest.raises((AssertionError, LookupError, ValueError)):
         for seed in range(MAX_SEEDS):
             simulate(seed)
 

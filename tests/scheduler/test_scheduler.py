@@ -78,7 +78,7 @@ def test_a_prompt_is_computed_then_each_step_draws_one_token():
     first = plan_of(scheduler, now_s=5.0)
     slot, blocks = request.slot, scheduler.blocks_of(request)
     assert first.admitted == [request]
-    assert first.block_appends == [(slot, 0, int(blocks[0])), (slot, 1, int(blocks[1]))]
+    assert first.block_appends.tolist() == [[slot, 0, blocks[0]], [slot, 1, blocks[1]]]
     assert first.prefill == [PrefillChunk(slot, 0, 6, samples=True)]
     assert request.scheduled_s == 5.0
     assert apply(scheduler, first, (slot, 70)) == [(0, 70)]
@@ -86,7 +86,7 @@ def test_a_prompt_is_computed_then_each_step_draws_one_token():
     assert (second.decode_joins, second.num_decodes, second.prefill) == ([slot], 1, [])
     assert apply(scheduler, second, (slot, 71)) == [(0, 71)]
     third = plan_of(scheduler)
-    assert (third.decode_joins, third.decode_leaves, third.block_appends) == ([], [], [])
+    assert (third.decode_joins, third.decode_leaves, len(third.block_appends)) == ([], [], 0)
     assert apply(scheduler, third, (slot, 72)) == [(0, 72)]
     assert ended(scheduler) == [(0, Finish.LENGTH)]
     assert request.outputs == [70, 71, 72]
@@ -100,7 +100,7 @@ def test_a_decode_gets_a_block_just_when_it_begins_one():
     appends = []
     for _ in range(6):
         plan = plan_of(scheduler)
-        appends.append([index for _, index, _ in plan.block_appends])
+        appends.append(plan.block_appends[:, 1].tolist())
         apply(scheduler, plan, (request.slot, 9))
     # Positions 0 and 1 are in block 0, 2 and 3 in block 1, 4 and 5 in block 2.
     assert appends == [[0], [], [1], [], [2], []]
@@ -303,12 +303,55 @@ def test_a_second_prompt_starts_behind_the_blocks_it_shares():
     assert scheduler.counters.prefix_query_tokens == 20
 
 
-def test_a_prompt_cached_whole_still_computes_its_last_block():
+def test_a_prompt_cached_whole_still_computes_its_last_token_in_a_copy():
     scheduler = make_scheduler()
     submit(scheduler, first := make_request(0, prompt=list(range(8)), max_tokens=1))
-    apply(scheduler, plan_of(scheduler), (first.slot, 5))
+    plan = plan_of(scheduler)
+    cached = scheduler.blocks_of(first).tolist()
+    apply(scheduler, plan, (first.slot, 5))
     submit(scheduler, second := make_request(1, prompt=list(range(8))))
-    assert plan_of(scheduler).prefill == [PrefillChunk(second.slot, 4, 4, samples=True)]
+    plan = plan_of(scheduler)
+    ours = scheduler.blocks_of(second).tolist()
+    assert plan.prefill == [PrefillChunk(second.slot, 7, 1, samples=True)]
+    assert ours[0] == cached[0] and plan.block_copies == [(cached[1], ours[1])]
+    assert second.cached_tokens == 7
+
+
+def test_the_next_turn_of_a_chat_goes_on_in_a_copy_of_the_last_ones_unfinished_block():
+    scheduler = make_scheduler()
+    submit(scheduler, first := make_request(0, prompt=[1, 2, 3, 4, 5], max_tokens=3))
+    while (plan := scheduler.schedule()) is not None:
+        cached = scheduler.blocks_of(first).tolist()
+        apply(scheduler, plan, (first.slot, 60))
+    # Computed: the prompt and two of the three tokens drawn, 60 60 of 60 60 60.
+    submit(scheduler, second := make_request(1, prompt=[1, 2, 3, 4, 5, 60, 60, 9, 9]))
+    plan = plan_of(scheduler)
+    assert plan.block_copies == [(cached[1], scheduler.blocks_of(second)[1])]
+    assert plan.prefill == [PrefillChunk(second.slot, 7, 2, samples=True)]
+    submit(scheduler, other := make_request(2, prompt=[1, 2, 3, 4, 5, 60, 60], tenant="other"))
+    plan = plan_of(scheduler)
+    assert (plan.block_copies, other.cached_tokens) == ([], 0)
+
+
+def test_followers_copy_the_block_in_which_their_leaders_prompt_ends():
+    scheduler = make_scheduler(max_step_tokens=7)
+    prompt = [1, 2, 3, 4, 5, 6, 7]
+    submit(scheduler, leader := make_request(0, prompt), make_request(1, prompt, leader=0))
+    apply(scheduler, plan_of(scheduler), (leader.slot, 50))  # and nothing is left of the budget
+    plan = plan_of(scheduler)
+    (follower,) = plan.admitted
+    shared, source = scheduler.blocks_of(leader).tolist()
+    assert scheduler.blocks_of(follower)[0] == shared
+    assert plan.block_copies == [(source, scheduler.blocks_of(follower)[1])]
+    assert plan.prefill == [PrefillChunk(follower.slot, 6, 1, samples=True)]
+
+
+def test_what_the_same_step_computes_is_not_copied_yet():
+    scheduler = make_scheduler()
+    prompt = [1, 2, 3, 4, 5, 6, 7]
+    submit(scheduler, make_request(0, prompt), make_request(1, prompt, leader=0))
+    plan = plan_of(scheduler)
+    assert len(plan.admitted) == 2 and plan.block_copies == []
 
 
 @pytest.mark.parametrize("caching", [True, False])
@@ -318,6 +361,20 @@ def test_a_request_may_decline_the_cache_and_so_may_the_whole_scheduler(caching)
     apply(scheduler, plan_of(scheduler), (first.slot, 5))
     submit(scheduler, make_request(1, prompt=list(range(8)), read_cache=not caching))
     assert plan_of(scheduler).prefill[0].start == 0
+
+
+def test_a_prompt_that_comes_twice_at_once_is_computed_once():
+    scheduler = make_scheduler(max_step_tokens=6)
+    prompt = list(range(15))
+    submit(scheduler, make_request(0, prompt), make_request(1, [*prompt[:13], 99]))
+    chunks = []
+    while scheduler.num_waiting:
+        plan = plan_of(scheduler)
+        chunks += [(c.slot, c.start, c.length) for c in plan.prefill]
+        apply(scheduler, plan, *[(c.slot, 50) for c in plan.prefill if c.samples])
+    first, second = chunks[0][0], chunks[-1][0]
+    # The second waits while the first computes, and starts behind the 12 tokens that they share.
+    assert chunks == [(first, 0, 6), (first, 6, 6), (first, 12, 3), (second, 12, 2)]
 
 
 def test_followers_wait_for_their_leader_and_then_share_its_prompt():

@@ -73,3 +73,34 @@ def test_same_tokens_in_any_order_of_arrival(make_world, prompts, alone):
         world.step()
     world.run()
     assert {index: world.tokens(index) for index in alone} == alone
+
+
+def test_same_tokens_where_an_unfinished_block_is_copied(make_world, prompts, alone):
+    """A prompt cached whole, the next turn of a chat, and siblings of one prompt."""
+    world = make_world(max_step_tokens=len(prompts[7]) // 2)  # which its chunks fill
+    copies, schedule = [], world.core.scheduler.schedule
+
+    def schedule_and_note(now_s):
+        plan = schedule(now_s)
+        copies.extend(plan.block_copies if plan is not None else ())
+        return plan
+
+    world.core.scheduler.schedule = schedule_and_note
+    world.submit(0, prompts[6], max_tokens=24, **({"seed": 106} | SAMPLED[6]))
+    world.run()
+    assert world.tokens(0) == alone[6]
+    chat = [*prompts[6], *world.tokens(0)]
+    for _ in range(2):
+        world.submit(1, chat, max_tokens=8, temperature=0.0)
+        world.run()
+    fresh = make_world(prefix_caching=False)
+    fresh.submit(1, chat, max_tokens=8, temperature=0.0)
+    fresh.run()
+    assert world.tokens(1) == fresh.tokens(1) * 2
+    for sibling in range(10, 13):
+        leader = None if sibling == 10 else 10
+        seeded = {"seed": 107, "leader": leader} | SAMPLED[7]
+        world.submit(sibling, prompts[7], max_tokens=24, **seeded)
+    world.run()
+    assert all(world.tokens(sibling) == alone[7] for sibling in range(10, 13))
+    assert len(copies) == 4, copies

@@ -165,3 +165,14 @@ def test_chat_answers_a_question(llm):
     question = [{"role": "user", "content": "What is the capital of France?"}]
     answer = llm.chat(question, SamplingParams(temperature=0.0, max_tokens=24), use_tqdm=False)[0]
     assert "Paris" in answer.outputs[0].text
+
+
+def test_deterministic_logprobs_are_the_same_bits_alone_and_in_a_crowd(prompts):
+    engine = LLM(device="cpu", deterministic=True, max_running=8, max_step_tokens=40)
+    params = SamplingParams(temperature=0.8, seed=3, max_tokens=3, ignore_eos=True, logprobs=2)
+    crowd = [{"prompt_token_ids": prompt} for prompt in prompts if len(prompt) in (5, 24, 64)]
+    alone = [engine.generate(one, params, use_tqdm=False)[0].outputs[0] for one in crowd]
+    together = engine.generate(crowd, params, use_tqdm=False)
+    for output, expected in zip(together, alone, strict=True):
+        assert output.outputs[0].token_ids == expected.token_ids
+        assert output.outputs[0].logprobs == expected.logprobs

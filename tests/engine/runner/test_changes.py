@@ -37,7 +37,7 @@ def request_of(slot, prompt, outputs=(), **params):
 
 
 def table_of(vocab):
-    table = RequestTable(SLOTS, MAX_CONTEXT, 16, vocab, scratch_block=99, device=CPU)
+    table = RequestTable(SLOTS, MAX_CONTEXT, 16, vocab, device=CPU)
     for field in dataclasses.fields(SlotSampling):  # what earlier requests left behind
         tensor = getattr(table.sampling, field.name)
         tensor[:SLOTS] = 77 if tensor.dtype == torch.int32 else True
@@ -91,11 +91,18 @@ def test_only_requests_that_need_them_send_rows_over_the_vocabulary():
 
 def test_blocks_go_to_their_places_and_nowhere_else():
     table = table_of(50)
-    apply(table, StepPlan(1, block_appends=[(0, 0, 11), (0, 2, 12), (5, 1, 13)]))
+    rows = np.array([(0, 0, 11), (0, 2, 12), (5, 1, 13)], np.int32)
+    apply(table, StepPlan(1, block_appends=rows))
     assert table.block_table[0].tolist() == [11, 0, 12]
     assert table.block_table[5].tolist() == [0, 13, 0]
     assert table.block_table[1:5].eq(0).all()
-    assert table.block_table[SLOTS].eq(99).all()
+    assert table.block_table[SLOTS].eq(0).all()
+
+
+def test_a_plan_with_drafts_is_refused_and_names_their_slots():
+    plan = StepPlan(7, drafts=np.array([(3, 16, 2)], np.int32))
+    with pytest.raises(NotImplementedError, match=r"step 7 checks drafts in slots \[3\]"):
+        apply(table_of(50), plan)
 
 
 def test_rows_of_a_mixed_step_as_in_the_example():

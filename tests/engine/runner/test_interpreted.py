@@ -5,7 +5,13 @@ TRITON_INTERPRET=1 python -m pytest tests/engine/runner/test_interpreted.py
 
 import os
 
+import numpy as np
 import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from millrace.kernels import linear_choice, matmul_persistent_triton
 
 pytestmark = [
     pytest.mark.interpreter,
@@ -16,10 +22,14 @@ pytestmark = [
 
 
 def tokens_of(world):
+    """Of three requests over a cache of NaN: what is read before it was written shows."""
+    kv = world.core._runner._step.kv
+    for cache in (*kv.keys, *kv.values):
+        cache.fill_(torch.nan)
     for index in range(3):
         temperature = 0.9 if index == 1 else 0.0
-        prompt = list(range(20 + index, 38))
-        world.submit(index, prompt, max_tokens=4, temperature=temperature, ignore_eos=True)
+        prompt = list(range(30 + index, 38))
+        world.submit(index, prompt, max_tokens=3, temperature=temperature, ignore_eos=True)
     return {index: got.token_ids for index, got in world.run().items()}
 
 
@@ -28,3 +38,51 @@ def test_triton_kernels_draw_the_tokens_of_torch(make_runner_world):
     padded = {"sizes": (4,), "run_ahead": 1}
     world = make_runner_world(max_running=4, attention_backend="triton", **padded)
     assert tokens_of(world) == expected
+    rows = [
+        cache.isfinite().all(dim=(2, 3)).sum().item() for cache in world.core._runner._step.kv.keys
+    ]
+    assert rows == [sum(8 - i + 2 for i in range(3))] * len(rows), "padding writes no row"
+
+
+@pytest.fixture
+def ordered_matmul(monkeypatch):
+    """The interpreter multiplies with NumPy, whose BLAS sums a row in an order that depends on
+    where in the matrix it stands. Matrix units do not do that, and neither does this."""
+
+    def matmul(a, b, dtype):
+        a, b = a.astype(dtype), b.astype(dtype)
+        return np.add.reduce(a[:, :, None] * b[None], axis=1)  # over a middle axis: in order
+
+    monkeypatch.setattr(np, "matmul", matmul)
+
+
+@pytest.fixture
+def prefills_from_six_rows(monkeypatch):
+    """Six rows go to the persistent product, as on a GPU 65 do. It takes the decode's steps of K:
+    the interpreter adds up a step before it adds it to the others, where a matrix unit goes on."""
+    wide = {**matmul_persistent_triton.CONSTANTS_FLOAT32, "BLOCK_K": 128}
+    monkeypatch.setattr(matmul_persistent_triton, "CONSTANTS_FLOAT32", wide)
+    monkeypatch.setattr(linear_choice, "MAX_ROWS", 5)
+
+
+@pytest.mark.usefixtures("ordered_matmul", "prefills_from_six_rows")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_deterministic_logprobs_are_the_same_bits_alone_in_a_crowd_and_in_chunks(
+    save_model, world_module
+):
+    path = save_model("qwen3", num_hidden_layers=1).path
+    asked = {"max_tokens": 2, "temperature": 0.8, "ignore_eos": True, "logprobs": 2}
+    prompt = np.random.default_rng(0).integers(3, 199, 9).tolist()
+    settings = {"max_running": 2, "attention_backend": "triton", "deterministic": True}
+    results = []
+    for max_step_tokens, crowded in ((16, False), (5, True)):
+        world = world_module.World(path, max_step_tokens=max_step_tokens, **settings)
+        if crowded:
+            world.submit(1, prompt[:2], **asked)
+        world.submit(0, prompt, prompt_logprobs=0, **asked)
+        world.run()
+        results.append(world.got[0])
+    alone, together = results
+    assert together.token_ids == alone.token_ids
+    assert together.logprobs == alone.logprobs
+    assert together.prompt_logprobs == alone.prompt_logprobs

@@ -50,22 +50,26 @@ def test_graphs_draw_the_tokens_of_direct_calls(tiny_llama, run_ahead):
     assert tokens_of(captured, 5) == tokens_of(direct, 5)
 
 
-def test_a_steady_decode_step_neither_waits_nor_allocates(tiny_llama):
+def test_a_steady_decode_step_neither_waits_nor_allocates(tiny_llama, monkeypatch):
     core = core_of(tiny_llama.path)
     submit(core, 5, max_tokens=100)
     for _ in range(6):
         core.step()
     torch.cuda.synchronize()
     segments = torch.cuda.memory_stats()["segment.all.allocated"]
-    for _ in range(20):
-        plan = core.scheduler.schedule()
+    execute = core._runner.execute
+
+    def watched(plan):
         torch.cuda.set_sync_debug_mode("error")
         try:
-            launched = core._runner.execute(plan)
+            return execute(plan)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        core._launched.append(launched)
-        core._apply(core._launched.popleft())
+
+    monkeypatch.setattr(core._runner, "execute", watched)
+    for _ in range(20):
+        core.step()
+    assert core.scheduler.num_running == 5, "a step that failed would have ended them"
     assert torch.cuda.memory_stats()["segment.all.allocated"] == segments
 
 
@@ -73,4 +77,4 @@ def test_the_cache_fills_its_share_and_no_more(tiny_llama):
     core = core_of(tiny_llama.path, kv_cache_memory=None, gpu_memory_fraction=0.5)
     tokens_of(core, 5)
     free, total = torch.cuda.mem_get_info()
-    assert 0.45 < 1 - free / total < 0.52
+    assert 0.45 < 1 - free / total < 0.55  # others may run beside it

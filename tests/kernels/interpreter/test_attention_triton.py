@@ -130,10 +130,7 @@ def test_blocks_that_left_the_window_are_not_read(attention_case):
     """The scheduler frees them: another sequence may have written anything there."""
     case = attention_case([150, 150], [1, 20], heads=2, kv_heads=1, dtype=torch.float16)
     expected = attend(case, window=40)
-    used = case.batch.block_table
-    of_nans = next(i for i in range(len(case.k_cache)) if i not in used)
-    used[case.batch.slots[0], : (150 - 40) // 16] = of_nans
-    used[case.batch.slots[1], : (150 - 20 - 40 + 1) // 16] = of_nans
+    case.leave_window(40)
     assert torch.equal(attend(case, window=40), expected)
 
 
