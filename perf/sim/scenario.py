@@ -51,13 +51,15 @@ class Scenario:
 def draw_scenario(rng: Random, max_requests: int) -> Scenario:
     """A world of up to `max_requests` requests."""
     block_size = rng.choice([1, 2, 3, 4])
-    max_running = rng.randint(1, 6)
-    max_prompt, max_tokens = rng.randint(1, 20), rng.randint(1, 16)
+    is_tight = rng.random() < 0.3  # many long answers, and memory for hardly more than one
+    max_running = 6 if is_tight else rng.randint(1, 6)
+    max_prompt, max_tokens = rng.randint(1, 20), 16 if is_tight else rng.randint(1, 16)
     longest = -(-(max_prompt + max_tokens) // block_size)
     window = rng.choice([None, None, None, 1, 3, 7])
     fewest = longest * 3 // 4 if window is None else longest // 3
+    most = longest + 2 if is_tight else longest * 3 // 2
     limits = Limits(
-        num_blocks=rng.randint(max(1, fewest), longest * 3 // 2),
+        num_blocks=rng.randint(max(1, fewest), most),
         block_size=block_size,
         max_running=max_running,
         max_step_tokens=rng.randint(max_running, max_running + 20),
@@ -83,8 +85,8 @@ def draw_scenario(rng: Random, max_requests: int) -> Scenario:
         sibling=rng.choice([0.0, 0.3]),
         stop=rng.choice([0.0, 0.5]),
         failure=rng.choice([0.0, 0.2]),
-        arrival=rng.choice([0.1, 0.5, 0.9]),
-        cancel=rng.choice([0.0, 0.05, 0.3]),
+        arrival=0.9 if is_tight else rng.choice([0.1, 0.5, 0.9]),
+        cancel=0.0 if is_tight else rng.choice([0.0, 0.05, 0.3]),
         abandon=rng.choice([0.0, 0.0, 0.02]),
         lag=rng.choice([0.0, 0.5]),
     )
