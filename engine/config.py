@@ -90,6 +90,9 @@ class EngineConfig:
     kv_cache_memory: int | None = setting(
         None, "KV cache; default: max-running contexts of 1024 tokens on CPU", "bytes"
     )
+    swap_memory: int = setting(
+        0, "on the host, for KV of requests that yield; without it, it is computed again", "bytes"
+    )
     gpu_memory_fraction: float = setting(0.9, "of the GPU's memory, weights and KV together")
     prefix_caching: bool = setting(True, "reuse the KV of prompts that begin alike")
     host: str = setting("127.0.0.1", "address to listen on")
@@ -114,6 +117,7 @@ class EngineConfig:
         self._at_least("itl_target_ms", 0)
         self._at_least("run_ahead", 0)
         self._at_least("kv_cache_memory", 1)
+        self._at_least("swap_memory", 0)
         self._at_least("drain_timeout_s", 0)
         self._at_least("default_timeout_s", 0)
         self._at_least("port", 0)

@@ -1,7 +1,7 @@
 """Logprobs on the GPU, of drawn tokens and of prompts.
 
-Of a drawn token they cost no sweep: `stats_kernel` of `sampling_triton.py` has summed the row up and
-noted the maxima of its groups of 32 (`SweepNotes`). What is left to be read are the groups that
+Of a drawn token they cost no sweep: `stats_kernel` of `sampling_triton.py` has summed the row up
+and noted the maxima of its groups of 32 (`SweepNotes`). What is left to be read are the groups that
 hold logits above the chosen one, for its rank; the groups that hold the best tokens; and, if the
 distribution was filtered, those that hold survivors:
 

@@ -168,14 +168,20 @@ def prepare_queries(
     return attention_cpu.prepare_attention_cpu(by_query, block_size, window)
 
 
-def sample(logits: Tensor, slots: Tensor, positions: Tensor, params: SlotSampling) -> SampledTokens:
+def sample(
+    logits: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    params: SlotSampling,
+    scored: bool = False,
+) -> SampledTokens:
     """As `sample_cpu`, a row at a time."""
     drawn = [
-        sample_cpu(logits[i : i + 1], slots[i : i + 1], positions[i : i + 1], params)
+        sample_cpu(logits[i : i + 1], slots[i : i + 1], positions[i : i + 1], params, scored)
         for i in range(len(slots))
     ]
     if not drawn:
-        return sample_cpu(logits, slots, positions, params)
+        return sample_cpu(logits, slots, positions, params, scored)
     return SampledTokens(
         torch.cat([row.token_ids for row in drawn]), torch.cat([row.ok for row in drawn])
     )

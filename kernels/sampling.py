@@ -48,7 +48,7 @@ GREEDY_BELOW = 1e-5
 
 @dataclass
 class SweepNotes:
-    """What `sample_triton` has seen of rows of T tiles, so that their logprobs need no second sweep.
+    """What `sample_triton` has seen of rows of T tiles: their logprobs need no second sweep.
 
     y are the logits that a row is scored by: the model's own if its slot asks for raw logprobs,
     else those that are left before the filters, with the temperature. Without `scored`, T is 0.

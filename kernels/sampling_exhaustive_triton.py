@@ -42,8 +42,8 @@ from millrace.kernels.sampling_filters_triton import (
     weighted_distance,
 )
 
-EXHAUST_WARPS = 4
-SWEEP = 1024
+EXHAUST_WARPS = 16
+SWEEP = 4096
 """Tokens of a sweep's step."""
 
 _SWEEP = tl.constexpr(SWEEP)
@@ -150,10 +150,8 @@ def exhaust_kernel(
     p_flat,
     p_span,
     p_token_ids,
-    p_ok,
     p_kept,
     stride_logits,
-    tiles,
     vocab,
 ):
     i_row, count = tl.full((), 0, tl.int64), tl.full((), 0, tl.int32)

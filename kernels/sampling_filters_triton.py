@@ -54,7 +54,7 @@ CAPACITY = 1024
 """Candidates that `finish` holds in registers."""
 KEY_ROOM = 4096
 """Keys that a row has room for: a flat row's list may be longer, `settle` has more registers."""
-GATHER_PARTS, PART_GROUPS = 16, 64
+GATHER_PARTS, PART_GROUPS = 16, 64  # a part is one program's share
 LISTED_GROUPS = GATHER_PARTS * PART_GROUPS
 """Groups that are gathered from; a row of more has more than CAPACITY candidates for sure."""
 
@@ -270,8 +270,8 @@ def finish_kernel(
     p_total,
     p_count,
     p_keys,
-    p_token_ids,  # i64[R]
     p_ok,  # bool[R]
+    p_token_ids,  # i64[R]
     p_kept,  # i64[R, 4], see `order_triton.survives`
     p_flat,  # i32[1 + R]: how many rows are flat, and which, in no order
     p_span,  # f32[R, 2], of these: the best logit, and the width of a bin

@@ -148,7 +148,7 @@ def _typical_bins(n, may, must, y_0, y_1, width, heavy, light, typical_p):
     # Within `inner` lies less than the goal, within `outer` the goal or more.
     span = tl.maximum(tl.max(middle, axis=0) - low, high)
     inner, outer = tl.full((), 0.0, tl.float32), span
-    for i_halving in range(_HALVINGS):
+    for _i_halving in range(_HALVINGS):
         span = span * 0.5
         heaviest = tl.sum(tl.where(may & (nearest <= inner + span), n * heavy, 0.0), axis=0)
         inner = tl.where(heaviest <= typical_p * sure * (1.0 - _SLACK), inner + span, inner)
@@ -325,7 +325,6 @@ def settle_kernel(
     p_certain_low,
     p_certain_top,
     p_token_ids,
-    p_ok,
     p_kept,
     tiles,
     TILES: tl.constexpr,

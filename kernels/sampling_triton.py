@@ -56,6 +56,7 @@ from millrace.kernels.sampling_filters_triton import (
     GROUPS_PER_TILE,
     KEY_ROOM,
     LISTED_GROUPS,
+    PART_GROUPS,
     bound_kernel,
     finish_kernel,
     gather_kernel,
@@ -304,7 +305,7 @@ class _Launch:
             *(logits, *self.asked, p.bias, p.has_bias, p.prompt_seen, p.output_counts),
             *(p.has_penalties, p.stop_ids, p.min_position),
         )
-        self.answer = (sampled.token_ids, sampled.ok, self.notes.kept)
+        self.answer, self.ok = (sampled.token_ids, self.notes.kept), sampled.ok
         self.sizes = (logits.stride(0), self.tiles, vocab)
 
     def first_sweep(self) -> None:
@@ -324,7 +325,8 @@ class _Launch:
             *(s.groups, s.num_groups, s.count, s.flat, *self.sizes[1:], self.padded),
             num_warps=bound_warps(self.padded),
         )
-        gather_kernel[(self.rows, GATHER_PARTS)](
+        parts = min(GATHER_PARTS, self.tiles * GROUPS_PER_TILE // PART_GROUPS)
+        gather_kernel[(self.rows, parts)](
             *(*self.row, s.bound, s.groups, s.num_groups, s.count, s.keys),
             *(self.sizes[0], self.sizes[2]),
             num_warps=GATHER_WARPS,
@@ -332,7 +334,8 @@ class _Launch:
         )
         finish_kernel[(self.rows,)](
             *(*self.asked, s.best, s.best_id, s.least, s.floor, s.bound, s.total, s.count, s.keys),
-            *(*self.answer, s.flat, s.span, s.bins, s.sums, self.tiles, self.padded, BINS, SUMS),
+            *(self.ok, *self.answer, s.flat, s.span, s.bins, s.sums, self.tiles, self.padded),
+            *(BINS, SUMS),
             num_warps=FINISH_WARPS,
             enable_fp_fusion=False,
         )
@@ -362,7 +365,8 @@ class _Launch:
             enable_fp_fusion=False,
         )
         exhaust_kernel[(self.rows,)](
-            *(*self.row, s.bound, s.total, s.count, s.flat, s.span, *self.answer, *self.sizes),
+            *(*self.row, s.bound, s.total, s.count, s.flat, s.span, *self.answer),
+            *(self.sizes[0], self.sizes[2]),
             num_warps=EXHAUST_WARPS,
             enable_fp_fusion=False,
         )

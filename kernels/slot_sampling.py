@@ -20,7 +20,7 @@ SEED_BITS = 64
 NO_FILTERS, HEAD_FILTERS, RARE_FILTERS = 0, 1, 2
 """What a row's filters are: top-k, top-p and min-p cut a head off; the others are rare."""
 NO_LOGPROBS, RAW_LOGPROBS, PROCESSED_LOGPROBS = 0, 1, 2
-"""What a row's drawn token is scored by: nothing, the model's logits, or those it was drawn from."""
+"""What a drawn token is scored by: nothing, the model's logits, or those it was drawn from."""
 SCALARS = (
     *("temperature", "top_k", "top_p", "min_p"),
     *("temperature_last", "top_n_sigma", "typical_p", "xtc_probability", "xtc_threshold"),

@@ -123,7 +123,7 @@ def plot(curve: Curve, found: Microseconds) -> str:
 
 
 def table(cases: list[Case], found: Microseconds) -> Table:
-    shown = Table("microseconds, median", box=box.SIMPLE)
+    shown = Table("microseconds", box=box.SIMPLE)
     for heading in (OURS, "goal", VLLM, "ratio", "goal", NANO, "ratio"):
         shown.add_column(heading, justify="right")
     for case in cases:

@@ -55,8 +55,9 @@ class BlockPool:
 
     def share(self, blocks: BlockIds) -> None:
         """One more owner for each of these cached blocks."""
-        self._cache.wake(blocks[self.refs[blocks] == 0])
-        self.refs[blocks] += 1
+        if len(blocks):
+            self._cache.wake(blocks[self.refs[blocks] == 0])
+            self.refs[blocks] += 1
 
     def give_back(self, blocks: BlockIds) -> None:
         """One owner less. Last block first: the cache evicts in this order, leaves first."""

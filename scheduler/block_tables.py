@@ -49,7 +49,9 @@ class BlockTables:
         self._indexed_tokens = held * limits.block_size
         # A copy is a launch more; computing a few tokens more beside others is next to nothing.
         self._least_copied = max(1, limits.block_size // 4)
-        self._written = np.zeros(limits.num_blocks, np.int64)  # newest step of a chunk in it
+        self._written = np.zeros(
+            limits.num_blocks, np.int64
+        )  # newest step that fills it, but by decoding
 
     def place(self, plan: StepPlan, request: Request, leader: Request | None) -> bool:
         """A slot, and blocks to compute what it knows; False, and nothing is taken: too few.
@@ -63,7 +65,8 @@ class BlockTables:
         self._pool.share(hits)  # before taking others, which may evict
         fresh = self._pool.take(self.to_begin(request.num_known) - len(hits))
         assert fresh is not None, "blocks were counted before they were taken"
-        blocks = np.concatenate([hits, fresh])
+        self._written.put(fresh, plan.step)
+        blocks = np.concatenate([hits, fresh]) if len(hits) else fresh
         request.num_computed = self.host.swap_in(plan, request, len(hits), blocks)
         if request.num_computed == 0:
             request.num_computed = len(hits) * self._size
@@ -72,7 +75,7 @@ class BlockTables:
                 request.num_computed += copy[1]
         chain = Chain(request.tenant, len(hits), is_closed=not self._caches)
         slot = self._slots.occupy(request, blocks, request.num_computed, chain)
-        plan.append_blocks(np.full(len(blocks), slot), np.arange(len(blocks)), blocks)
+        plan.append_blocks(slot, np.arange(len(blocks)), blocks)
         return True
 
     def fits(self, request: Request) -> bool:
@@ -87,7 +90,8 @@ class BlockTables:
     def wrote(self, step: int, request: Request, start: int) -> None:
         """A step computes a request's positions from `start` to `num_computed`: index them."""
         end = blocks_for(request.num_computed, self._size)
-        self._written[self._slots.block_table[request.slot, start // self._size : end]] = step
+        blocks = self._slots.block_table[request.slot, start // self._size : end]
+        self._written.put(blocks, step)
         self.index(request)
 
     def index(self, request: Request) -> None:
@@ -134,7 +138,7 @@ class BlockTables:
             unused = self.window.reserved - len(table.blocks(slot))
             fresh = self._pool.take(max(0, min(missing, unused, self._pool.num_available)))
             assert fresh is not None, "no more than there are"
-            plan.append_blocks(np.full(len(fresh), slot), table.extend(slot, fresh), fresh)
+            plan.append_blocks(slot, table.extend(slot, fresh), fresh)
         return int(table.capacity[slot]) - request.num_computed
 
     def slide(self, request: Request, position: int, applied: int) -> None:
@@ -178,9 +182,8 @@ class BlockTables:
     ) -> tuple[int, int] | None:
         """Of a leader that holds `hits` too: its next block, and the tokens that begin it alike."""
         theirs, count = self._slots.blocks(leader.slot), len(hits)
-        if self._slots.num_gone[leader.slot]:
-            return None  # the beginning is behind its window already
-        if len(theirs) <= count or not np.array_equal(theirs[:count], hits):
+        is_whole = self._slots.num_gone[leader.slot] == 0
+        if not is_whole or len(theirs) <= count or not np.array_equal(theirs[:count], hits):
             return None
         start = count * self._size
         end = min(len(known) - 1, leader.num_computed, len(leader.prompt), start + self._size)

@@ -28,8 +28,9 @@ def check(scheduler: Scheduler) -> None:
     _check_block_conservation(scheduler)
     _check_cache(scheduler)
     _check_host(scheduler)
+    keys = _keys(scheduler.cache)
     for request in _owners(scheduler):
-        _check_table(scheduler, request)
+        _check_table(scheduler, request, keys)
         if not request.is_closing:
             _check_progress(scheduler, request)
 
@@ -101,7 +102,7 @@ def _check_closing(scheduler: Scheduler) -> None:
     for step, requests in scheduler._closing.items():
         _require(step > scheduler._applied, f"step {step} is applied, its closing requests remain")
         slots = [request.slot for request in requests]
-        is_last = all(scheduler._last_step(slot) == step for slot in slots)
+        is_last = all(scheduler._decodes.last_step(slot) == step for slot in slots)
         _require(is_last, f"slots {slots} close with step {step}, not with their last one")
     coming = sum(len(scheduler.blocks_of(request)) for request in closing)
     _require(scheduler._coming_blocks == coming, f"{coming} blocks are coming")
@@ -125,12 +126,7 @@ def _check_block_conservation(scheduler: Scheduler) -> None:
 def _check_cache(scheduler: Scheduler) -> None:
     """Keys and blocks map one to one; parents are cached and rest after their children."""
     cache = scheduler.cache
-    keys = {block: key for block, key in enumerate(cache._key) if key is not None}
-    full = {key: block for block, key in keys.items() if len(key[1]) == cache._block_bytes}
-    _require(cache._child == full, "keys and blocks differ")
-    tails = {key[0]: b for b, key in keys.items() if 0 < len(key[1]) < cache._block_bytes}
-    _require(cache._tails == tails, "tails and blocks differ")
-    _require(len(tails) + len(full) == len(keys), "two blocks have one key")
+    keys = _keys(cache)
     marked = np.flatnonzero(cache._is_cached).tolist()
     _require(marked == sorted(keys), f"marked as cached: {marked}, in the index: {sorted(keys)}")
     age = {block: age for age, block in enumerate(cache._idle)}
@@ -144,7 +140,6 @@ def _check_cache(scheduler: Scheduler) -> None:
             _require(is_idle, f"block {block} is referenced, its parent is not")
             in_order = age[block] < age[parent]
             _require(in_order, f"block {block} would be evicted after its parent")
-    _check_leaps(cache)
 
 
 def _check_host(scheduler: Scheduler) -> None:
@@ -161,20 +156,31 @@ def _check_host(scheduler: Scheduler) -> None:
     _require(pending <= set(places), f"host blocks {pending - set(places)} are written for nobody")
 
 
-def _check_leaps(cache: PrefixCache) -> None:
-    """A leap leads where its blocks lead one by one, and goes with the last of them."""
-    leaps = {start for start in cache._leap_from if start is not None}
-    _require(leaps == cache._leaps.keys(), "leaps and the blocks that they lead to differ")
-    for start, (tokens, blocks) in cache._leaps.items():
-        keys = [key for key in (cache._key[block] for block in blocks) if key is not None]
-        parents = [parent for parent, _ in keys]
-        _require(parents == [start, *blocks[:-1]], f"leap over {list(blocks)}: broken chain")
-        on_the_way = b"".join(edge for _, edge in keys)
-        _require(on_the_way == tokens, f"leap over {list(blocks)}: other tokens")
-        _require(cache._leap_from[blocks[-1]] == start, f"leap over {list(blocks)}: outlives it")
+def _keys(cache: PrefixCache) -> dict[int, tuple[Node, bytes]]:
+    """Each cached block's parent and tokens, by its edge or as a tail; no two are the same."""
+    keys, size = {}, cache._block_bytes
+    for key, edge in cache._edges.items():
+        where = f"edge {list(edge.blocks)}"
+        _require(0 < len(edge.blocks) <= cache.longest_edge, f"{where}: so many blocks")
+        _require(key == edge.key == (key[0], edge.tokens[:size]), f"{where}: another's key")
+        parent = key[0]
+        for place, block in enumerate(edge.blocks):
+            _require(cache._edge[block] is edge, f"{where}: {block} is thought to be elsewhere")
+            keys[block] = (parent, edge.tokens[place * size : (place + 1) * size])
+            parent = block
+    num_on_edges = sum(len(edge.blocks) for edge in cache._edges.values())
+    _require(len(keys) == num_on_edges, "a block is on two edges")
+    tails = {parent: block for block, (parent, _) in cache._tail_key.items()}
+    _require(tails == cache._tails, "tails and blocks differ")
+    _require(not keys.keys() & cache._tail_key.keys(), "a tail is on an edge")
+    keys |= cache._tail_key
+    _require(len(set(keys.values())) == len(keys), "two blocks have one key")
+    return keys
 
 
-def _check_table(scheduler: Scheduler, request: Request) -> None:
+def _check_table(
+    scheduler: Scheduler, request: Request, keys: dict[int, tuple[Node, bytes]]
+) -> None:
     """Its cached blocks are a prefix of the table, hold its own tokens, and are never written."""
     cache, size, slots = scheduler.cache, scheduler.limits.block_size, scheduler._slots
     table, chain = scheduler.blocks_of(request).tolist(), slots.chains[request.slot]
@@ -197,7 +203,7 @@ def _check_table(scheduler: Scheduler, request: Request) -> None:
             continue
         _require(index < first_private, f"{where}: cached before it is full")
         key = (parent, tokens[index * size : (index + 1) * size].tobytes())
-        _require(cache._key[block] == key, f"{where}: cached as other tokens")
+        _require(keys[block] == key, f"{where}: cached as other tokens")
         parent = block
 
 

@@ -67,10 +67,11 @@ class StepPlan:
     context_tokens: int = 0  # KV that these read; counted where a cost model asks for it
 
     def append_blocks(
-        self, slots: npt.NDArray[np.intp], index: npt.NDArray[np.intp], blocks: Rows
+        self, slots: npt.NDArray[np.intp] | int, index: npt.NDArray[np.intp], blocks: Rows
     ) -> None:
-        """These blocks come to these slots at these indices of their tables, all [n]."""
-        rows = np.array((slots, index, blocks), np.int32).T
+        """These blocks [n] come to these slots ([n], or one) at these indices of their tables."""
+        rows = np.empty((len(blocks), 3), np.int32)
+        rows[:, 0], rows[:, 1], rows[:, 2] = slots, index, blocks
         before = self.block_appends
         self.block_appends = np.concatenate((before, rows)) if len(before) else rows
 

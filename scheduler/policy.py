@@ -67,7 +67,9 @@ class Ordered:
     """A policy that is one key a request, known when it arrives: the least is next.
 
     A preempted request keeps its key, so it returns as soon as anyone like it. The greatest key
-    yields: so the request with the least gets on whatever happens, and there is always progress.
+    yields, of those that have not yielded MAX_YIELDS times: these yield only to each other, and the
+    least key of them gets on whatever happens. So there is always progress, and nobody starts again
+    and again for the sake of others that are a little ahead.
     """
 
     def __init__(self) -> None:
@@ -102,7 +104,10 @@ class Ordered:
         return None
 
     def victim(self, running: Iterable[Request]) -> Request:
-        return max(running, key=lambda request: (self.key(request), request.arrival))
+        return max(running, key=self._readiness_to_yield)
+
+    def _readiness_to_yield(self, request: Request) -> tuple[bool, float, int]:
+        return request.num_preemptions < MAX_YIELDS, self.key(request), request.arrival
 
     def is_pressing(self) -> bool:
         return False

@@ -21,13 +21,13 @@ from __future__ import annotations
 from collections import defaultdict
 
 import numpy as np
-import numpy.typing as npt
 
 from millrace.scheduler import speculation
 from millrace.scheduler.admission import Accepted, Admission, Decision
 from millrace.scheduler.block_pool import BlockPool
 from millrace.scheduler.block_tables import BlockTables
 from millrace.scheduler.cost_model import CostModel
+from millrace.scheduler.decode_set import DecodeSet
 from millrace.scheduler.limits import Counters, Limits
 from millrace.scheduler.plan import Drawn, PrefillChunk, Rows, StepPlan, StepResult
 from millrace.scheduler.policy import FirstComeFirstServed, Policy
@@ -48,10 +48,7 @@ class Scheduler:
     def __init__(
         self, limits: Limits, policy: Policy | None = None, cost: CostModel | None = None
     ) -> None:
-        """`cost` is needed for `itl_target_s` and `host_blocks`.
-
-        Who runs the steps tells it how long they took.
-        """
+        """`cost` serves `itl_target_s` and `host_blocks`; who runs the steps feeds it."""
         self.limits = limits
         self.cost = cost
         self.policy: Policy = policy or FirstComeFirstServed()
@@ -68,13 +65,10 @@ class Scheduler:
         self._num_arrived = 0
         self._slots = SlotTable(limits.max_running, limits.longest, limits.block_size)
         self._tables = BlockTables(limits, self._slots, self.pool, self.cache, cost)
-        self._planned_decodes = self._slots.decodes.copy()  # of the newest step
-        self._num_decodes = 0  # of them
-        self._is_changed = False  # other slots decode next than in the newest step
+        self._decodes = DecodeSet(self._slots)
         self._step = 0  # newest planned step
         self._applied = 0  # newest step whose result has been taken in
         self._drafts: dict[int, Rows] = {}  # in flight, by step
-        self._drawing_last: dict[int, list[int]] = {}  # slots, by the step of their last token
         self._closing: dict[int, list[Request]] = defaultdict(list)  # by their last step
         self._coming_blocks = 0  # held by closing requests
         self._released: list[int] = []  # slots, for the next plan
@@ -179,10 +173,8 @@ class Scheduler:
             self._release(request)
         self._closing.clear()
         self._drafts.clear()
-        self._drawing_last.clear()
         self._coming_blocks = 0
-        self._planned_decodes[:] = 0
-        self._num_decodes = 0
+        self._decodes.forget()
         for request in [r for r in self.requests.values() if r.slot != NO_SLOT]:
             self.finish(request.id, Finish.ERROR, now_s, error=error)
         self.pool.flush()
@@ -211,14 +203,11 @@ class Scheduler:
             speculation.plan_drafts(self._slots, self.pool, plan, drafting, budget)
             self._drafts[plan.step] = plan.drafts
         if plan.num_decodes == 0 and not plan.prefill and not len(drafting):
-            self._is_changed = True  # the runner has not heard of it
+            self._decodes.withdraw()
             return None
         self._step = plan.step
         self._released, host.swap_outs = [], []
-        if plan.decode_leaves or plan.decode_joins:
-            self._planned_decodes[plan.decode_leaves] = 0
-            self._planned_decodes[plan.decode_joins] = 1
-        self._num_decodes = plan.num_decodes
+        self._decodes.commit(plan)
         return plan
 
     def apply(self, result: StepResult, now_s: float = 0.0) -> Drawn:
@@ -248,7 +237,7 @@ class Scheduler:
             self.finish(int(drawn.request_ids[row]), Finish.STOP, now_s, stop_token=stop_token)
         if len(failed):
             self._fail(failed, now_s)
-        for slot in self._drawing_last.pop(result.step, ()):
+        for slot in self._decodes.pop_last_draws(result.step):
             if self._slots.is_live[slot]:
                 self.finish(self.request_at(slot).id, Finish.LENGTH, now_s)
         for request in self._closing.pop(result.step, ()):
@@ -262,7 +251,7 @@ class Scheduler:
         done = speculation.settle(self._slots, drafts, result)
         for request in self._closing.get(result.step, ()):
             self._slots.speculates[request.slot] = 0
-        self._drawing_last.setdefault(result.step, []).extend(done.tolist())
+        self._decodes.draw_last(result.step, done.tolist())
         return result
 
     def _fail(self, slots: Slots, now_s: float) -> None:
@@ -278,40 +267,11 @@ class Scheduler:
         Returns the slots that get no block for now. All others that stream have room for a token.
         """
         table = self._slots
-        decodes = table.decodes
-        stalled: list[int] = []
-        streams = table.streams() if table.num_lookahead else decodes
+        streams = table.streams() if table.num_lookahead else table.decodes
         crossing = (table.computed + streams > table.capacity).nonzero()[0]
-        if len(crossing) and (stalled := self._grow(plan, crossing)):
-            decodes = decodes.copy()
-            decodes[stalled] = 0
-            self._is_changed = True
-        plan.num_decodes = self._num_decodes
-        if self._is_changed:
-            self._plan_changes(plan, decodes)
-            self._is_changed = decodes is not table.decodes  # who stalls tries again
-        table.computed += decodes
-        ending = (table.computed == table.end).nonzero()[0]
-        if len(ending):
-            self._draw_last(plan, ending[decodes[ending] != 0])
+        stalled = self._grow(plan, crossing) if len(crossing) else []
+        self._decodes.advance(plan, stalled)
         return stalled
-
-    def _plan_changes(self, plan: StepPlan, decodes: npt.NDArray[np.int32]) -> None:
-        """Which slots decode now that did not in the step before, and the other way round."""
-        changed = (decodes != self._planned_decodes).nonzero()[0]
-        is_join = decodes[changed] != 0
-        leaves = changed[~is_join]
-        self._slots.last_step[leaves] = self._step
-        plan.decode_leaves = leaves.tolist()
-        plan.decode_joins = changed[is_join].tolist()
-        plan.num_decodes = int(np.count_nonzero(decodes))
-
-    def _draw_last(self, plan: StepPlan, slots: Slots) -> None:
-        """These draw their last token in this step, and are not planned past it."""
-        if len(slots):
-            self._slots.decodes[slots] = 0
-            self._is_changed = True
-            self._drawing_last.setdefault(plan.step, []).extend(slots.tolist())
 
     def _grow(self, plan: StepPlan, crossing: Slots) -> list[int]:
         """A new block for each of these decoding slots; returns those that get none for now."""
@@ -354,7 +314,7 @@ class Scheduler:
 
     def _in_flight(self, slot: int) -> int:
         """Launched steps with a decoding slot, at most, whose results are not applied yet."""
-        return max(0, self._last_step(slot) - self._applied)
+        return max(0, self._decodes.last_step(slot) - self._applied)
 
     def _prefill_budget(self, plan: StepPlan, drafting: Slots) -> int:
         """Tokens left for prompts: within the step's limit, and the time that streams may wait."""
@@ -393,12 +353,11 @@ class Scheduler:
         slot, table = request.slot, self._slots
         del self._prefilling[slot]
         if table.computed[slot] == table.end[slot]:
-            self._drawing_last.setdefault(int(table.last_step[slot]), []).append(slot)
+            self._decodes.draw_last(int(table.last_step[slot]), [slot])
         elif request.lookahead:
             table.speculates[slot] = 1
         else:
-            table.decodes[slot] = 1
-            self._is_changed = True
+            self._decodes.join(slot)
         self._free_followers(request)
 
     def _make_room(self) -> None:
@@ -467,19 +426,15 @@ class Scheduler:
             return
         slot = request.slot
         request.is_closing = True
-        self._slots.decodes[slot] = self._slots.speculates[slot] = 0
-        self._is_changed = True
+        self._slots.speculates[slot] = 0
+        self._decodes.leave(slot)
         self._prefilling.pop(slot, None)
-        last_step = self._last_step(slot)
+        last_step = self._decodes.last_step(slot)
         if last_step > self._applied:
             self._closing[last_step].append(request)
             self._coming_blocks += len(self.blocks_of(request))
         else:
             self._release(request)
-
-    def _last_step(self, slot: int) -> int:
-        """The newest launched step with this slot."""
-        return self._step if self._planned_decodes[slot] else int(self._slots.last_step[slot])
 
     def _release(self, request: Request) -> None:
         """Slot and blocks go back; full blocks stay cached. A preempted request waits again."""

@@ -59,7 +59,12 @@ def core_of(
     calls = decode_calls(placement, sizes.max_running, max_context, progress)
     built = Assembly(config, placement, decoder, max_context, sizes, calls).build()
     sizes = replace(sizes, max_step_tokens=built.max_step_tokens)
-    limits = limits_of(config, sizes, built.num_blocks, max_context, model.window)
+    moves = built.runner.moves
+    limits = replace(
+        limits_of(config, sizes, built.num_blocks, max_context, model.window),
+        host_blocks=moves.num_host_blocks,
+        block_copy_s=moves.measured_copy_s(),
+    )
     core = EngineCore(build_scheduler(config, limits), built.runner, sizes.run_ahead)
     ready = Ready(
         model=config.served_name or name,
@@ -133,6 +138,7 @@ def build_scheduler(config: EngineConfig, limits: Limits) -> Scheduler:
         first_token_s=lambda request: cost.prefill_s(request.num_known),
     )
     asks_for_cost = config.itl_target_ms is not None or config.policy == "deadline"
+    asks_for_cost |= limits.host_blocks > 0
     return Scheduler(limits, policy, cost if asks_for_cost else None)
 
 
@@ -143,7 +149,7 @@ def limits_of(
     max_context: int,
     window: int | None = None,
 ) -> Limits:
-    """What the scheduler of a server with these settings may hand out."""
+    """What the scheduler of a server with these settings may hand out, but for host blocks."""
     target_ms = config.itl_target_ms
     return Limits(
         num_blocks=num_blocks,

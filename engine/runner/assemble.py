@@ -94,8 +94,16 @@ class Assembly:
         if device.type == "cuda" and measured is None:
             with room_for("the largest step", self.config, device):  # and compiles its kernels
                 run_worst_case(step, self.copies(), step_tokens)
-        runner = Runner(step, calls, self.copies(), BlockMoves(step.kv.storage))
-        return Assembled(runner, num_blocks, step_tokens)
+        with room_for("the memory for swapping", self.config, device):
+            moves = BlockMoves(step.kv.storage, self.host_blocks())
+        return Assembled(Runner(step, calls, self.copies(), moves), num_blocks, step_tokens)
+
+    def host_blocks(self) -> int:
+        """Blocks of host memory to swap to; with a window, too little is held to be worth it."""
+        model = self.decoder.config
+        block_bytes = model.kv_elements_per_token * self.config.block_size
+        block_bytes *= self.placement.dtype.itemsize
+        return 0 if model.window is not None else self.config.swap_memory // block_bytes
 
     def measure(self, probe: MemoryProbe, num_blocks: int = 1) -> tuple[int, int]:
         """Tokens of the largest step, and the bytes that the cache may take beside it.
@@ -145,8 +153,8 @@ def decode_calls(
         if not is_captured:
             return DirectCalls(step.decode)
         sizes, lengths = ladder(max_running), contexts(max_context)
-        recorder = CudaRecorder(placement.device)
-        graphs = Graphs(step.decode, sizes, lengths, recorder, step.addresses, progress)
+        ladders = (sizes, lengths, CudaRecorder(placement.device), step.addresses, progress)
+        graphs = Graphs(step.decode, *ladders, step.model.draw_rows)
         log.info("decode graphs take %.0f MiB", graphs.num_bytes / MIB)
         return graphs
 

@@ -14,6 +14,8 @@ L layers, B blocks, N blocks on the host, P tokens per block, G KV heads, D head
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import torch
 
@@ -22,6 +24,7 @@ from millrace.engine.runner.request_table import Views
 from millrace.scheduler.plan import StepPlan
 
 MAX_STAGED_BYTES = 32 * 2**20
+MEASURED_BLOCKS = 16
 
 
 class BlockMoves:
@@ -36,6 +39,24 @@ class BlockMoves:
         self._host = torch.empty(
             shape, dtype=storage.dtype, pin_memory=host_blocks > 0 and storage.is_cuda
         )
+
+    @property
+    def num_host_blocks(self) -> int:
+        return len(self._host)
+
+    def measured_copy_s(self) -> float:
+        """Seconds that one block takes to the host, or back; the blocks tried stay as they are."""
+        count = min(MEASURED_BLOCKS, self.num_host_blocks, self._parts.shape[1])
+        if count == 0:
+            return 0.0
+        places, blocks = list(range(count)), torch.arange(count, device=self._parts.device)
+        for _ in range(2):  # the first time, memory is touched and kernels are loaded
+            began = time.perf_counter()
+            self._swap_out(blocks, places)
+            self._swap_in(places, blocks)
+            if self._parts.is_cuda:
+                torch.cuda.synchronize(self._parts.device)
+        return (time.perf_counter() - began) / (2 * count)
 
     def pack(self, plan: StepPlan, packed: PackedArrays) -> None:
         """What the device must know to run this plan's moves."""

@@ -30,7 +30,9 @@ import numpy.typing as npt
 
 from millrace.engine.core.messages import NewRequest
 from millrace.engine.runner.packed import PackedArrays
+from millrace.kernels.sampling import GREEDY_BELOW
 from millrace.kernels.slot_sampling import (
+    NO_FILTERS,
     NO_LOGPROBS,
     PROCESSED_LOGPROBS,
     RAW_LOGPROBS,
@@ -124,6 +126,18 @@ class ChangePacker:
         packed.add("positions", np.concatenate(positions))
         packed.add("last_tokens", np.concatenate([starts[:-1], chunk_ends[samples] - 1]))
         packed.add("drawing_slots", np.concatenate([decode_slots, chunk_slots[samples]]))
+
+
+def is_plain(request: Request) -> bool:
+    """Whether a temperature is all that its draws need: no filter, no edit of the logits."""
+    settings = request.payload
+    assert isinstance(settings, NewRequest), "the engine submits NewRequests"
+    values, bans_stops = (
+        slot_values(request),
+        settings.params.min_tokens and settings.stop_token_ids,
+    )
+    filtered = values.filter_kind != NO_FILTERS and values.temperature >= GREEDY_BELOW
+    return not (filtered or values.has_bias or values.has_penalties or bans_stops)
 
 
 def slot_values(request: Request) -> SlotValues:

@@ -63,9 +63,8 @@ class DeviceStep:
             num_decodes=shape.rows,
         )
         hidden = self._forward(slots, positions, attention)
-        logits = self.model.logits(hidden)
         going = ~table.ended[slots]  # as of before this draw
-        scored = self._draw(logits, slots, positions + 1, num_top)
+        scored = self._draw(hidden, slots, positions + 1, num_top, shape.plain)
         table.computed[slots] = positions + going
         return scored
 
@@ -77,10 +76,12 @@ class DeviceStep:
         max_query: int,
         max_context: int,
         num_top: int | None = None,
+        plain: bool = False,
     ) -> tuple[torch.Tensor, ScoredTokens | None]:
         """The rows of `ChangePacker.chunk_rows`: `num_decodes` decoding ones, then the chunks.
 
-        Returns the hidden states [T, E], and what `decode` returns of the rows that drew.
+        `plain` is of the rows that draw, as in StepShape. Returns the hidden states [T, E], and
+        what `decode` returns of the rows that drew.
         """
         table, slots = self.table, rows["slots"]
         decodes, chunks = slots[:num_decodes], slots[num_decodes:]
@@ -100,8 +101,8 @@ class DeviceStep:
         going = ~table.ended[decodes]
         scored = None
         if len(last):  # else no prompt ends here
-            logits = self.model.logits(hidden[last])
-            scored = self._draw(logits, rows["drawing_slots"], positions[last] + 1, num_top)
+            to_draw = (hidden[last], rows["drawing_slots"], positions[last] + 1)
+            scored = self._draw(*to_draw, num_top, plain)
         table.computed[decodes] = decoded + going
         table.computed[chunks] = rows["ends"]
         return hidden, scored
@@ -128,18 +129,22 @@ class DeviceStep:
 
     def _draw(
         self,
-        logits: torch.Tensor,
+        hidden: torch.Tensor,
         slots: torch.Tensor,
         positions: torch.Tensor,
         num_top: int | None,
+        plain: bool,
     ) -> ScoredTokens | None:
-        """Draw the tokens at `positions` [N] of `slots` [N] from logits [N, V] into the table."""
+        """Draw the tokens at `positions` [N] of `slots` [N] from hidden [N, E] into the table."""
         table, scored = self.table, None
-        inputs = (logits, slots, positions, table.sampling)
-        sampled = self.operations.sample(*inputs, scored=num_top is not None)
-        if num_top is not None:  # before the tokens count for the penalties
-            logprobs = self.operations.drawn_logprobs(*inputs, sampled, num_top)
-            scored = ScoredTokens(sampled.token_ids, logprobs)
+        if plain and num_top is None and len(slots) <= self.model.draw_rows:
+            sampled = self.model.draw(hidden, slots, positions, table.sampling)
+        else:
+            inputs = (self.model.logits(hidden), slots, positions, table.sampling)
+            sampled = self.operations.sample(*inputs, scored=num_top is not None)
+            if num_top is not None:  # before the tokens count for the penalties
+                logprobs = self.operations.drawn_logprobs(*inputs, sampled, num_top)
+                scored = ScoredTokens(sampled.token_ids, logprobs)
         table.tokens[slots, positions] = sampled.token_ids
         table.sampling.record(slots, sampled.token_ids)
         stopped = (table.sampling.stop_ids[slots] == sampled.token_ids[:, None]).any(dim=1)

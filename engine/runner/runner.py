@@ -18,7 +18,7 @@ import torch
 from millrace.engine.core.messages import NewRequest, TokenLogprobs
 from millrace.engine.errors import DeviceLost
 from millrace.engine.runner.block_moves import BlockMoves
-from millrace.engine.runner.changes import ChangePacker, Slots
+from millrace.engine.runner.changes import ChangePacker, Slots, is_plain
 from millrace.engine.runner.copies import Arrival, Copies
 from millrace.engine.runner.device_step import DeviceStep
 from millrace.engine.runner.graphs import DecodeCalls, StepShape
@@ -70,7 +70,7 @@ class Runner:
         self, step: DeviceStep, calls: DecodeCalls, copies: Copies, moves: BlockMoves
     ) -> None:
         self._step = step
-        self._moves = moves
+        self.moves = moves
         self._calls = calls
         self._operations = step.operations
         self._copies = copies
@@ -82,6 +82,7 @@ class Runner:
         self._decodes = np.zeros(num_slots, np.bool_)
         self._decode_slots = np.zeros(0, np.int64)  # the same as indices, in ascending order
         self._length = np.zeros(num_slots, np.int64)  # tokens computed, at most
+        self._plain = np.zeros(num_slots, np.bool_)  # draws by temperature alone
         self._num_top: dict[int, int] = {}  # slot -> output logprobs wanted
         self._prompt_top: dict[int, tuple[int, int]] = {}  # slot -> (prompt length, alternatives)
 
@@ -89,7 +90,7 @@ class Runner:
     def execute(self, plan: StepPlan) -> LaunchedStep:
         """Launch one step; the plan's changes are applied even if computing then fails."""
         rows = self._tell(plan)
-        self._moves.run(plan, rows)
+        self.moves.run(plan, rows)
         self._length[self._decode_slots] += 1
         if not plan.prefill:
             asked = self._asked(self._decode_slots)
@@ -133,10 +134,11 @@ class Runner:
             self._num_top.pop(slot, None)
             self._prompt_top.pop(slot, None)
         for request in plan.admitted:
+            self._plain[request.slot] = is_plain(request)
             self._note_logprobs(request)
         packed = PackedArrays()
         self._packer.table_changes(plan, packed)
-        self._moves.pack(plan, packed)
+        self.moves.pack(plan, packed)
         if plan.decode_leaves or plan.decode_joins:
             self._decodes[plan.decode_leaves] = False
             self._decodes[plan.decode_joins] = True
@@ -165,7 +167,8 @@ class Runner:
     def _decode(self, asked: dict[int, int]) -> ScoredTokens | None:
         """One token for each decoding slot."""
         slots = self._decode_slots
-        shape = self._calls.fit(StepShape(len(slots), int(self._length[slots].max())))
+        plain = not asked and bool(self._plain[slots].all())
+        shape = self._calls.fit(StepShape(len(slots), int(self._length[slots].max()), plain))
         if asked:  # graphs are recorded without logprobs
             return self._step.decode(shape, max(asked.values()))
         self._calls.replay(shape)
@@ -181,6 +184,7 @@ class Runner:
             max_query=max(chunk.length for chunk in prefill),
             max_context=int(self._length[slots].max()),
             num_top=max(asked.values(), default=None),
+            plain=bool(self._plain[slots].all()),
         )
 
     def _launched(

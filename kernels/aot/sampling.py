@@ -73,13 +73,17 @@ def _specs(prefix: str, tiles: int, keys: int) -> tuple[KernelSpec, ...]:
         ("bracket", flat.bracket_kernel, sampling.BRACKET_WARPS, {}),
         ("sift", flat.sift_kernel, sampling.FLAT_WARPS, one),
         ("settle", flat.settle_kernel, sampling.SETTLE_WARPS, padded),
-        ("exhaust", last.exhaust_kernel, last.EXHAUST_WARPS, one),
+        ("exhaust", last.exhaust_kernel, last.EXHAUST_WARPS, {}),
         ("raw tile", logprobs.raw_tile_kernel, logprobs.WARPS, one),
         ("pick", logprobs.pick_kernel, logprobs.pick_warps(tiles), padded),
         ("part", logprobs.part_kernel, logprobs.PART_WARPS, one),
         ("merge", logprobs.merge_kernel, logprobs.WARPS, {"KEYS": keys} | padded),
     )
-    return tuple(_spec(f"{prefix} {name}", *rest[:2], **rest[2]) for name, *rest in kernels)
+    return tuple(
+        _spec(f"{prefix} {name}", kernel, warps, **constants)
+        for name, kernel, warps, constants in kernels
+        if tiles > 1 or "tiles" in constants  # else nothing is specialised
+    )
 
 
 SPECS = (*_specs("sampling", tiles=64, keys=4096), *_specs("sampling, one tile,", 1, keys=32))

@@ -8,7 +8,7 @@ from millrace.perf.sim.runner import FakeRunner, Sequence
 from millrace.perf.sim.scenario import AGING_S
 from millrace.scheduler.deadline_first import EarliestDeadlineFirst
 from millrace.scheduler.plan import StepPlan
-from millrace.scheduler.policy import Ordered
+from millrace.scheduler.policy import MAX_YIELDS, Ordered
 from millrace.scheduler.priority import PriorityWithAging
 from millrace.scheduler.request import NO_SLOT, Request
 from millrace.scheduler.scheduler import Scheduler
@@ -96,15 +96,18 @@ def _yielded(scheduler: Scheduler, before: Before) -> list[Request]:
 
 
 def _judge_preemptions(scheduler: Scheduler, before: Before, yielded: list[Request]) -> None:
-    """The last in the policy's order yield, and no more of them than memory asks for."""
+    """The last in the policy's order yield, and no more of them than memory asks for.
+
+    Who has yielded MAX_YIELDS times does so only where everyone has.
+    """
     if not yielded:
         return
     staying = [r for r in scheduler.requests.values() if _is_planned_on(r)]
     policy = scheduler.policy
     if isinstance(policy, Ordered) and staying:
-        last = max(rank(scheduler, request) for request in staying)
-        first = min(rank(scheduler, request) for request in yielded)
-        assert first > last, "a request yielded to one behind it"
+        last = max((r.num_preemptions < MAX_YIELDS, rank(scheduler, r)) for r in staying)
+        first = min((r.num_preemptions <= MAX_YIELDS, rank(scheduler, r)) for r in yielded)
+        assert first > last, "a request yielded to one that should have"
     if not scheduler.limits.prefix_caching:  # so every victim brings at least one block
         needed = len(before.crossing)
         needed += before.num_pressing

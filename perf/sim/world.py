@@ -60,6 +60,7 @@ class World:
         self.scheduler = Scheduler(
             self.scenario.limits, policy_of(self.scenario.policy, self.scenario.limits), CostModel()
         )
+        self.scheduler.cache.longest_edge = rng.choice([1, 2, 3, 64])  # small worlds see its end
         self.runner = FakeRunner(self.scenario.limits)
         sheds = self.scenario.policy == "deadline"
         self.ledger = Ledger(sheds_ahead_s=FIRST_TOKEN_S if sheds else 0.0)

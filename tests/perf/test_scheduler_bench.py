@@ -5,7 +5,8 @@ from xml.etree import ElementTree
 import pytest
 
 from millrace.perf.peers import nano_scheduler
-from millrace.perf.scheduler_bench import OURS, Case, Curve, measure, plot
+from millrace.perf.plot import SHARES
+from millrace.perf.scheduler_bench import MICROSECONDS, OURS, Case, Curve, measure, plot
 from millrace.perf.scheduler_costs import (
     OUTPUT,
     PROMPT,
@@ -49,3 +50,11 @@ def test_a_curve_has_a_line_for_each_scheduler_that_was_measured(peers):
     text = plot(Curve("x", "A step", "requests", cases), found)
     ElementTree.fromstring(text)
     assert text.count("<polyline") == 1 + len(peers)
+
+
+def test_microseconds_stand_on_a_logarithmic_axis_and_shares_on_a_linear_one():
+    assert [MICROSECONDS.share(us) for us in (0.01, 1.0, 1e3, 1e6, 1e9)] == pytest.approx(
+        [0, 0, 0.5, 1, 1]
+    )
+    assert MICROSECONDS.label(1e4) == "10,000 us"
+    assert [SHARES.share(y) for y in (-1.0, 0.0, 0.55, 2.0)] == pytest.approx([0, 0, 0.5, 1])

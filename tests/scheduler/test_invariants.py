@@ -81,8 +81,8 @@ def run_past_the_table(scheduler):
 
 def forget_a_parent(scheduler):
     block = block_of(scheduler, 0)
-    del scheduler.cache._child[scheduler.cache._key[block]]
-    scheduler.cache._key[block] = None
+    edge = scheduler.cache._edge[block]
+    assert edge.blocks.pop(0) == block
     scheduler.cache._is_cached[block] = False
 
 

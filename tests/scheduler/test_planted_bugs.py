@@ -19,6 +19,7 @@ from millrace.scheduler import speculation
 from millrace.scheduler.block_pool import BlockPool
 from millrace.scheduler.block_tables import BlockTables
 from millrace.scheduler.deadline_first import EarliestDeadlineFirst
+from millrace.scheduler.decode_set import DecodeSet
 from millrace.scheduler.fair_share import FairShare
 from millrace.scheduler.policy import FirstComeFirstServed, Ordered
 from millrace.scheduler.prefix_cache import PrefixCache
@@ -56,7 +57,7 @@ BUGS = {
         },
     ),
     "hits that are idle are counted as blocks to be had": Bug(
-        BlockTables, "place", {" - self._pool.num_idle(hits)": ""}
+        BlockTables, "_is_room", {" - self._pool.num_idle(hits)": ""}
     ),
     "blocks are given back head first": Bug(
         BlockPool,
@@ -78,7 +79,7 @@ BUGS = {
     "a chain goes on behind another's block": Bug(
         PrefixCache,
         "insert",
-        {"            last = index\n": "", "            break\n": ""},
+        {"is not None:": "== -1:"},
     ),
     "prefixes match whatever comes before them": Bug(
         PrefixCache, "match", {"node = blocks[-1]": "pass"}
@@ -90,11 +91,14 @@ BUGS = {
     "tokens computed again count as hits": Bug(
         Scheduler, "_place", {"if request.num_preemptions == 0:": "if True:"}
     ),
-    "a leap outlives the block that it leads to": Bug(
-        PrefixCache, "_forget", {"del self._leaps[leap_from]": "pass"}
+    "an edge keeps the tokens of evicted blocks": Bug(
+        PrefixCache, "_tokens_of", {"len(edge.tokens) > length": "False"}
     ),
-    "leaps are not told apart": Bug(
-        PrefixCache, "match", {"leap is not None and data.startswith(leap[0], start)": "leap"}
+    "only the first block of an edge is compared": Bug(
+        PrefixCache, "match", {"data.startswith(on_edge, start)": "True"}
+    ),
+    "what goes on behind the middle of an edge is looked for at its end only": Bug(
+        PrefixCache, "_next", {"place < len(edge.blocks) and": "False and"}
     ),
     "a tenant's prefixes are kept under another's name": Bug(
         BlockTables, "place", {"Chain(request.tenant,": 'Chain("a",'}
@@ -107,7 +111,10 @@ BUGS = {
         BlockTables, "_to_copy", {"return (source, saved)": "return (source, saved + 1)"}
     ),
     "a token that was drawn last is taken for computed": Bug(
-        BlockTables, "leave", {"[: request.num_computed]": ""}
+        BlockTables, "leave", {"[: table.computed[slot]]": ""}
+    ),
+    "a leader's block is copied from the wrong place behind its window": Bug(
+        BlockTables, "_in_leader", {"self._slots.num_gone[leader.slot] == 0": "True"}
     ),
     "a tail that is replaced is lost": Bug(
         BlockPool, "keep_tail", {"displaced is not None": "False"}
@@ -116,21 +123,14 @@ BUGS = {
         PrefixCache, "partial", {"int(blocks[-1]) if len(blocks) else salt": "salt"}
     ),
     "an evicted tail can still be found": Bug(
-        PrefixCache, "_forget", {"del self._tails[key[0]]": "pass"}
+        PrefixCache, "_forget", {"del self._tails[self._tail_key.pop(block)[0]]": "pass"}
     ),
     # Swapping
     "a request that ends while it is swapped out keeps its host blocks": Bug(
         Scheduler, "finish", {"self._tables.host.drop(request)": "pass"}
     ),
-    "blocks are swapped out a step late, when others have written them": Bug(
-        Scheduler,
-        "schedule",
-        {
-            "swap_outs=host.swap_outs": "swap_outs=host.__dict__.setdefault('late', [])",
-            "self._released, host.swap_outs = [], []": (
-                "self._released, host.late, host.swap_outs = [], host.swap_outs, []"
-            ),
-        },
+    "blocks are given to others before they are swapped out": Bug(
+        HostPool, "swap_out", {"self.swap_outs +=": "self.swap_outs = self.swap_outs +"}
     ),
     "more is taken for swapped in than was swapped out": Bug(
         HostPool,
@@ -156,7 +156,7 @@ BUGS = {
     "a window's blocks are indexed however far they are": Bug(
         BlockTables,
         "index",
-        {"min(request.num_computed, self._indexed_tokens)": "request.num_computed"},
+        {"min(int(table.computed[slot]), self._indexed_tokens)": "int(table.computed[slot])"},
     ),
     # Preemption
     "a preempted request forgets what it said": Bug(
@@ -168,8 +168,11 @@ BUGS = {
         Scheduler, "_grow_one", {"self._coming_blocks > num_stalled": "False"}
     ),
     "the oldest yields": Bug(Ordered, "victim", {"max(": "min("}),
+    "one request yields over and over": Bug(
+        Ordered, "_readiness_to_yield", {"request.num_preemptions < MAX_YIELDS": "True"}
+    ),
     "new requests take what the preempted gave up": Bug(
-        Scheduler, "schedule", {"if self.counters.preemptions == preemptions:": "if True:"}
+        Scheduler, "schedule", {"self.counters.preemptions == preemptions": "True"}
     ),
     "a preempted slot keeps the block it was to get": Bug(
         Scheduler, "_grow", {"[streams[plan.block_appends[:, 0]] != 0]": ""}
@@ -182,7 +185,7 @@ BUGS = {
         SlotTable, "occupy", {"= request.max_length - 1": "= request.max_length"}
     ),
     "an ended request stays in the decoding set": Bug(
-        Scheduler, "schedule", {"self._planned_decodes[plan.decode_leaves] = 0": "pass"}
+        DecodeSet, "commit", {"self._told[plan.decode_leaves] = 0": "pass"}
     ),
     "a cancelled leader leaves its followers behind": Bug(
         Scheduler, "finish", {"self._free_followers(request)": "pass"}

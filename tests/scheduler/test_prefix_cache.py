@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from millrace.scheduler.block_pool import BlockPool
-from millrace.scheduler.prefix_cache import LEAP, Chain, PrefixCache
+from millrace.scheduler.prefix_cache import EDGE, Chain, PrefixCache
 
 NUM_BLOCKS = 64
 
@@ -56,8 +56,9 @@ def test_the_first_of_two_equal_blocks_stays_and_the_other_chain_stays_private(c
 
 
 def test_inserting_again_extends_a_chain(cache):
-    insert(cache, tokens(1, 2), [0])
-    insert(cache, tokens(1, 2, 3, 4), [0, 1])
+    chain = Chain()
+    insert(cache, tokens(1, 2), [0], chain)
+    insert(cache, tokens(1, 2, 3, 4), [0, 1], chain)
     assert cache.match(tokens(1, 2, 3, 4)).tolist() == [0, 1]
 
 
@@ -98,9 +99,10 @@ def test_tenants_see_nothing_of_each_other(cache):
     assert cache.match(tokens(1, 2, 3, 4), "b").tolist() == [2]
 
 
-@pytest.mark.parametrize("num_blocks", [LEAP - 1, LEAP, LEAP + 1, 2 * LEAP, 3 * LEAP + 2])
-@pytest.mark.parametrize("step", [1, 3, LEAP, 100])
-def test_long_chains_are_found_whole_however_they_were_put_in(cache, num_blocks, step):
+@pytest.mark.parametrize("num_blocks", [EDGE - 1, EDGE, EDGE + 1, 2 * EDGE, 3 * EDGE + 2])
+@pytest.mark.parametrize("step", [1, 3, EDGE, 100])
+def test_long_chains_are_found_whole_however_they_were_put_in(num_blocks, step):
+    cache = PrefixCache(2, 4 * EDGE)
     prompt, table, chain = np.arange(2 * num_blocks, dtype=np.int32), np.arange(num_blocks), Chain()
     table = table[::-1].astype(np.int32)
     for end in [*range(step, num_blocks, step), num_blocks]:
@@ -113,12 +115,27 @@ def test_long_chains_are_found_whole_however_they_were_put_in(cache, num_blocks,
     assert cache.match(changed).tolist() == table[: num_blocks // 2].tolist()
 
 
-def test_a_leap_goes_with_its_last_block_and_comes_back_with_another(cache):
-    prompt, table = np.arange(2 * LEAP, dtype=np.int32), np.arange(LEAP, dtype=np.int32)
+def test_a_shortened_edge_ends_where_its_blocks_end_and_grows_again(cache):
+    prompt, table = np.arange(16, dtype=np.int32), np.arange(8, dtype=np.int32)
     cache.insert(prompt, table, Chain())
     cache.rest(table[::-1])
-    assert cache.evict(1).tolist() == [LEAP - 1]
+    assert cache.evict(1).tolist() == [7]
     assert cache.match(prompt).tolist() == table[:-1].tolist()
     table[-1] = 40
-    cache.insert(prompt, table, Chain(num_blocks=LEAP - 1))
+    cache.insert(prompt, table, Chain(num_blocks=7))
     assert cache.match(prompt).tolist() == table.tolist()
+
+
+def test_branches_leave_an_edge_at_any_block(cache):
+    trunk = np.arange(16, dtype=np.int32)
+    cache.insert(trunk, np.arange(8, dtype=np.int32), Chain())
+    for first in range(9):  # block on which it leaves, the one behind the last included
+        branch = np.append(trunk, tokens(16, 17))
+        branch[2 * first :] += 100
+        table = np.append(np.arange(first), np.arange(10, 19 - first)).astype(np.int32)
+        cache.insert(branch, table, Chain(num_blocks=first))
+        assert cache.match(branch).tolist() == table.tolist()
+        assert cache.match(trunk).tolist() == list(range(8))
+        cache.rest(table[first:][::-1])
+        assert sorted(cache.evict(9 - first).tolist()) == sorted(table[first:].tolist())
+        assert cache.match(branch).tolist() == list(range(first))

@@ -179,8 +179,10 @@ def test_the_prefix_cache_knows_the_kept_tokens_and_never_a_rejected_draft():
     assert plan.drafts.tolist() == [[request.slot, 3, 4]], "the last token and 3 drafts, to 6"
     apply(scheduler, plan, (request.slot, 7, 2, "stop"))
     known = np.array([*request.prompt.tolist(), 9, 7, 2, 50, 51], np.int32)
-    assert len(scheduler.cache) == 1
-    assert len(scheduler.cache.match(known)) == 1, "positions 0 to 3; position 5 was a draft's"
+    scheduler.submit(next_turn := Request(1, known, max_tokens=1))
+    assert plan_of(scheduler).prefill == [PrefillChunk(next_turn.slot, 5, 3, True)], (
+        "positions 0 to 4 are known; 5 was a draft's, and it is the stop token's now"
+    )
 
 
 def test_a_tenant_pays_for_the_tokens_that_it_keeps():

@@ -65,6 +65,22 @@ def test_same_tokens_as_alone_under_preemption(make_world, prompts, alone, run_a
     assert {index: world.tokens(index) for index in alone} == alone
 
 
+@pytest.mark.parametrize("run_ahead", [0, 1])
+def test_same_tokens_as_alone_when_blocks_are_swapped_to_the_host(
+    make_world, prompts, alone, run_ahead
+):
+    bytes_per_block = 2 * 3 * 2 * 8 * 4 * 16  # K and V, layers, heads, dim, fp32, tokens
+    memory = {"kv_cache_memory": 14 * bytes_per_block, "swap_memory": 100 * bytes_per_block}
+    world = make_world(run_ahead=run_ahead, prefix_caching=False, **memory)
+    world.core.scheduler.cost.prompt_s = lambda tokens: float("inf")  # so it is worth it
+    submit_all(world, prompts)
+    world.run()
+    host = world.core.scheduler._tables.host
+    assert host.num_swapped_in == host.num_swapped_out > 0
+    assert host.num_free == host.num_blocks == 100
+    assert {index: world.tokens(index) for index in alone} == alone
+
+
 def test_same_tokens_in_any_order_of_arrival(make_world, prompts, alone):
     world = make_world()
     for index in reversed(range(len(prompts))):

@@ -65,6 +65,13 @@ def test_a_step_swaps_out_before_it_copies_and_copies_before_it_swaps_in(kv):
     assert torch.equal(kv.storage[:, :, 3], before[:, :, 1])
 
 
+def test_measuring_the_copies_changes_nothing(kv):
+    before = kv.storage.clone()
+    assert BlockMoves(kv.storage, HOST_BLOCKS).measured_copy_s() > 0
+    assert torch.equal(kv.storage, before)
+    assert BlockMoves(kv.storage).measured_copy_s() == 0
+
+
 def test_a_plan_without_moves_sends_nothing(kv):
     packed = PackedArrays()
     BlockMoves(kv.storage).pack(StepPlan(1), packed)

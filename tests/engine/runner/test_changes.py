@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from millrace.engine.core.messages import NewRequest
-from millrace.engine.runner.changes import WIDE, ChangePacker, slot_values
+from millrace.engine.runner.changes import WIDE, ChangePacker, is_plain, slot_values
 from millrace.engine.runner.copies import SharedMemory
 from millrace.engine.runner.packed import PackedArrays
 from millrace.engine.runner.request_table import RequestTable
@@ -117,3 +117,23 @@ def test_rows_of_a_mixed_step_as_in_the_example():
         "last_tokens": [0, 1, 4],
         "drawing_slots": [4, 5, 1],
     }
+
+
+@pytest.mark.parametrize(
+    ("params", "plain"),
+    [
+        ({"temperature": 0.0}, True),
+        ({"temperature": 0.9}, True),
+        ({"temperature": 0.9, "temperature_last": True}, True),
+        ({"temperature": 0.0, "top_p": 0.9}, True),  # greedy: a filter leaves the best
+        ({"temperature": 0.9, "top_p": 0.9}, False),
+        ({"temperature": 0.9, "top_n_sigma": 1.0}, False),
+        ({"temperature": 0.0, "min_tokens": 1}, False),  # bans the stop ids at first
+        ({"temperature": 0.0, "frequency_penalty": 0.1}, False),
+        ({"temperature": 0.0, "logit_bias": {3: 1.0}}, False),
+        ({"temperature": 0.0, "allowed_token_ids": [3]}, False),
+    ],
+    ids=str,
+)
+def test_a_plain_request_asks_for_a_temperature_at_most(params, plain):
+    assert is_plain(request_of(0, [1, 2], **params)) is plain

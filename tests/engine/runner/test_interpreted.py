@@ -4,6 +4,7 @@ TRITON_INTERPRET=1 python -m pytest tests/engine/runner/test_interpreted.py
 """
 
 import os
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -11,7 +12,13 @@ import torch
 
 pytest.importorskip("triton")
 
-from millrace.kernels import linear_choice, matmul_persistent_triton
+from millrace.kernels import (
+    fused_model,
+    linear_choice,
+    matmul_persistent_triton,
+    sampling_triton,
+)
+from millrace.kernels.configs import LaunchConfig
 
 pytestmark = [
     pytest.mark.interpreter,
@@ -28,7 +35,7 @@ def tokens_of(world):
         cache.fill_(torch.nan)
     for index in range(3):
         temperature = 0.9 if index == 1 else 0.0
-        prompt = list(range(30 + index, 38))
+        prompt = list(range(34 + index, 38))
         world.submit(index, prompt, max_tokens=3, temperature=temperature, ignore_eos=True)
     return {index: got.token_ids for index, got in world.run().items()}
 
@@ -41,7 +48,46 @@ def test_triton_kernels_draw_the_tokens_of_torch(make_runner_world):
     rows = [
         cache.isfinite().all(dim=(2, 3)).sum().item() for cache in world.core._runner._step.kv.keys
     ]
-    assert rows == [sum(18 - i + 3 for i in range(3))] * len(rows), "padding writes no row"
+    assert rows == [sum(4 - i + 2 for i in range(3))] * len(rows), "padding writes no row"
+
+
+@pytest.fixture
+def drawn_by(monkeypatch):
+    """Counts, of the launches, the draws by the last layer and those by the sampler."""
+    counter = Counter()
+    for module, name in ((fused_model, "draw_from_hidden"), (sampling_triton, "sample_triton")):
+        form = getattr(module, name)
+
+        def counted(*arguments, name=name, form=form, **options):
+            counter[name] += 1
+            return form(*arguments, **options)
+
+        monkeypatch.setattr(module, name, counted)
+    return counter
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_the_last_layer_draws_what_the_sampler_does(
+    save_model, world_module, drawn_by, monkeypatch
+):
+    """Where it was measured to be faster; a neighbour's logprobs ask for the logits."""
+    path = save_model("qwen2", num_hidden_layers=1).path
+    tokens = []
+    for draw_rows, neighbour in ((0, {}), (64, {}), (64, {"logprobs": 1})):
+        measured = LaunchConfig(4, 1, {"MAX_ROWS": draw_rows})
+        monkeypatch.setattr(fused_model, "NOT_MEASURED", measured)
+        drawn_by.clear()
+        world = world_module.World(path, max_running=4, attention_backend="triton")
+        asked = {"max_tokens": 2, "ignore_eos": True}
+        world.submit(0, [5, 6], temperature=0.0, **asked)
+        world.submit(1, [7, 8, 9], temperature=0.9, **asked)
+        if neighbour:
+            world.submit(2, [3], temperature=0.5, **asked, **neighbour)
+        world.run()
+        tokens.append([world.tokens(0), world.tokens(1)])
+        by_layer = draw_rows and not neighbour
+        assert set(drawn_by) == {"draw_from_hidden" if by_layer else "sample_triton"}
+    assert all(drawn == tokens[0] for drawn in tokens)
 
 
 @pytest.fixture
