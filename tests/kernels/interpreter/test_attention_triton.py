@@ -168,7 +168,7 @@ def test_any_valid_upper_bound_of_lengths_gives_the_same_bits(attention_case):
 # ---------------------------------------------------------------- scratch
 
 
-@pytest.mark.parametrize("capacity", [1, 2, 4])
+@pytest.mark.parametrize("capacity", [1, 4])
 def test_rows_whose_splits_find_no_room_have_the_same_bits(attention_case, monkeypatch, capacity):
     """Of 2, 1, 2 and 3 splits: the first rows fit, and one program does each of the others."""
     shape = {"heads": 1, "kv_heads": 1, "head_dim": 16, "dtype": torch.float16}
@@ -180,9 +180,9 @@ def test_rows_whose_splits_find_no_room_have_the_same_bits(attention_case, monke
 
 @pytest.mark.parametrize("window", [None, 300])
 def test_rows_that_share_blocks_are_right_where_scratch_is_for_the_cache(attention_case, window):
-    """Six rows of one sequence: three times as many splits as the cache's tokens make."""
+    """Four rows of one sequence: more splits than the tokens of the cache make."""
     case = attention_case([3 * SPLIT + 8], heads=1, kv_heads=1, head_dim=16, block_size=128)
-    rows = 6
+    rows = 4
     batch = replace(
         case.batch,
         slots=case.batch.slots.expand(rows).contiguous(),
