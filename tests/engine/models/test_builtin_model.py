@@ -107,7 +107,7 @@ def scheduled(llm, monkeypatch):
     core = llm._core
 
     def schedule(**limits):
-        core._runner.forget_decodes()
+        core._runner.recover()
         scheduler = Scheduler(replace(core.scheduler.limits, **limits))
         monkeypatch.setattr(llm, "_core", EngineCore(scheduler, core._runner))
         return scheduler
