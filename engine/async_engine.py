@@ -80,7 +80,7 @@ class AsyncEngine:
         self._on_stats = on_stats
         self._on_finish = on_finish
         self._default_timeout_s = config.default_timeout_s
-        self._max_sequences = BACKLOG_FACTOR * (config.max_running + config.max_waiting)
+        self._max_sequences = BACKLOG_FACTOR * (core.ready.max_running + config.max_waiting)
         self._input = InputProcessor(
             tokenizer, chat_template, core.ready, config.seed, config.tenant_weights
         )

@@ -55,12 +55,21 @@ class EngineConfig:
     attention_backend: str = setting(
         "auto", "kernels to run: auto, torch, triton, xformers or reference"
     )
+    deterministic: bool = setting(
+        False, "the same logits to the bit whatever the batch, chunks and cache hits; costs speed"
+    )
     threads: int | None = setting(None, "CPU threads of the engine; default: physical cores")
     max_context: int | None = setting(None, "prompt and output; default: the model's", "tokens")
-    max_running: int = setting(64, "requests in a batch at once")
+    max_running: int | None = setting(
+        None, "requests in a batch at once; default: 256 on a GPU, else 64"
+    )
     max_waiting: int = setting(4096, "requests in the queue; beyond, new ones are refused")
     max_waiting_tokens: int = setting(4_000_000, "prompt tokens in the queue", "tokens")
-    max_step_tokens: int = setting(512, "computed in one step, prefill chunks included", "tokens")
+    max_step_tokens: int | None = setting(
+        None,
+        "computed in one step, prefill chunks included; default: 8192 on a GPU with room, else 512",
+        "tokens",
+    )
     max_wait_s: float | None = setting(
         None, "expected wait beyond which new requests are refused; default: any", "s"
     )
@@ -118,8 +127,9 @@ class EngineConfig:
             self._refuse("block_size", "16, 32, 64 or 128")
         if not 0.0 < self.gpu_memory_fraction <= 1.0:
             self._refuse("gpu_memory_fraction", "in (0, 1]")
-        if self.max_step_tokens < self.max_running:
-            self._refuse("max_step_tokens", f"at least max_running ({self.max_running})")
+        running, tokens = self.max_running, self.max_step_tokens
+        if running is not None and tokens is not None and tokens < running:
+            self._refuse("max_step_tokens", f"at least max_running ({running})")
 
     def _one_of(self, name: str, choices: tuple[str, ...]) -> None:
         if getattr(self, name) not in choices:

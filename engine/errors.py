@@ -6,6 +6,7 @@ MillraceError
 │   ├── DuplicateRequest  the id belongs to a live request
 │   └── Overloaded        refused for now; retry_after_s says when to try again
 ├── EngineUnavailable     the engine is starting, draining or dead
+│   └── DeviceLost        the device answers no more; only a new process can use it again
 ├── NotEnoughMemory       what the settings ask for does not fit on the device
 ├── StepFailed            this request's part of a step failed (NaN logits, no token left to choose)
 └── ModelError            the model on disk cannot be served
@@ -48,6 +49,10 @@ class Overloaded(RequestError):
 
 class EngineUnavailable(MillraceError):
     """The engine is starting, draining or dead; another replica may answer."""
+
+
+class DeviceLost(EngineUnavailable):
+    """The device answers this process no more; only a new process can use it again."""
 
 
 class NotEnoughMemory(MillraceError):

@@ -1,9 +1,9 @@
 """Rotation, cache write and attention of decodes in one launch; `append_attention.py` defines it.
 
-The grid is that of `attention_triton.py`: a program for each decode row, KV head and split of the
-context. Before it attends, a program does its part of `kv_append_triton.py`:
+The grid is that of `attention_triton.py`: a program for each KV head and split of a decode row, or
+for the whole row. Before it attends, a program does its part of `kv_append_triton.py`:
 
-    every split     rotates the H / G queries of its head, into p_q, for itself. So do the others of
+    every program   rotates the H / G queries of its head, into p_q, for itself. So do the others of
                     the row and head: they write the same bits to the same place
     the last one    rotates the key of its head, and writes key and value to the cache. It alone
                     reads the position that they are for
@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from millrace.kernels.attention import PreparedAttention, expect_attention_inputs
-from millrace.kernels.attention_decode_triton import attend_decode, merge_kernel
+from millrace.kernels.attention_decode_triton import attend_decode, find_work, merge_kernel
 from millrace.kernels.attention_triton import (
     LOG2_E,
     MERGE_UNROLL,
@@ -27,14 +27,15 @@ from millrace.kernels.attention_triton import (
     MIN_BLOCK_M,
     SPLIT,
     attention_config,
-    most_splits,
+    most_parts,
+    split_scratch,
 )
 from millrace.kernels.checks import expect
 from millrace.kernels.kv_append import expect_append_inputs, expect_norms_and_scales
 from millrace.kernels.kv_append_triton import rotated
 
 
-@triton.jit(do_not_specialize=["num_splits"])
+@triton.jit(do_not_specialize=["num_decodes", "capacity"])
 def append_attention_kernel(
     p_qkv,  # [T, (H + 2G) D]
     p_positions,  # i64 [T]
@@ -49,11 +50,12 @@ def append_attention_kernel(
     p_slots,  # i64 [T]
     p_context_lens,  # i32 [T]
     p_out,  # [T, H, D]
-    p_partial,  # f32 [T, H, num_splits, D], unnormalised sums
-    p_max,  # f32 [T, H, num_splits], base-2 maxima
-    p_sum,  # f32 [T, H, num_splits]
+    p_partial,  # f32 [capacity, H, D], unnormalised sums
+    p_max,  # f32 [capacity, H], base-2 maxima
+    p_sum,  # f32 [capacity, H]
     scale,  # scale * log2(e)
-    num_splits,
+    num_decodes,
+    capacity,
     stride_qkv,
     stride_cos_sin,
     stride_table,
@@ -74,13 +76,10 @@ def append_attention_kernel(
 ):
     HALF: tl.constexpr = HEAD_DIM // 2
     i_item, i_kv_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    i_row, i_split = (i_item // num_splits).to(tl.int64), i_item % num_splits
-    context = tl.load(p_context_lens + i_row)
-    first = 0
-    if WINDOW > 0:
-        first = tl.maximum(context - WINDOW, 0)
-    begin = (first // SPLIT + i_split) * SPLIT
-    if begin >= context:
+    i_row, context, begin, end, part = find_work(
+        i_item, p_context_lens, num_decodes, capacity, SPLIT, WINDOW
+    )
+    if (i_row < 0) | (begin >= end):
         return
     o_half = tl.arange(0, BLOCK_HALF)
     m_half = o_half < HALF
@@ -98,7 +97,7 @@ def append_attention_kernel(
     tl.store(p_own + HALF, b_q2, mask=m_x)
 
     i_cache = tl.load(p_write_index + i_row)
-    if (begin + SPLIT >= context) & (i_cache >= 0):  # the last split; negative is padding
+    if (end == context) & (i_cache >= 0):  # the last one; negative is padding
         m_kv = m_half[None, :]
         p_k_new = p_token + (NUM_KV_HEADS * GROUP + i_kv_head) * HEAD_DIM + o_half[None, :]
         p_v_new = p_k_new + NUM_KV_HEADS * HEAD_DIM  # [1, BLOCK_HALF]
@@ -112,9 +111,9 @@ def append_attention_kernel(
         tl.store(p_v + o_cache + HALF, tl.load(p_v_new + HALF, mask=m_kv, other=0.0), mask=m_kv)
     tl.debug_barrier()  # every thread has written, before one of them reads
     attend_decode(
-        i_item, i_kv_head, p_q, p_k + i_kv_head * HEAD_DIM, p_v + i_kv_head * HEAD_DIM,
-        p_block_table, p_slots, p_context_lens, None, p_out, p_partial, p_max, p_sum, scale, 0.0,
-        num_splits, NUM_KV_HEADS * GROUP * HEAD_DIM, HEAD_DIM, stride_table, False, NUM_KV_HEADS,
+        i_row, context, begin, end, part, i_kv_head, p_q, p_k + i_kv_head * HEAD_DIM,
+        p_v + i_kv_head * HEAD_DIM, p_block_table, p_slots, None, p_out, p_partial, p_max, p_sum,
+        scale, 0.0, NUM_KV_HEADS * GROUP * HEAD_DIM, HEAD_DIM, stride_table, False, NUM_KV_HEADS,
         GROUP, HEAD_DIM, BLOCK_D, DECODE_M, BLOCK_SIZE, SPLIT, TILE, WINDOW, False, UPCAST,
     )  # fmt: skip
 
@@ -146,31 +145,31 @@ def append_attention(
     if rows == 0:
         return out
     group, config = num_heads // num_kv_heads, attention_config(q.device, q.dtype, head_dim)
-    num_splits = most_splits(batch.max_context_len, window)
-    partial = torch.empty(rows, num_heads, num_splits, head_dim, device=q.device)
-    maxima = torch.empty(rows, num_heads, num_splits, device=q.device)
-    sums = torch.empty_like(maxima)
+    cache_tokens = k_cache.shape[0] * block_size
+    capacity = most_parts(rows, batch.max_context_len, window, cache_tokens)
+    scratch = split_scratch(capacity, num_heads, head_dim, q.device)
     shared = {  # constants of both kernels
         "GROUP": group,
         "HEAD_DIM": head_dim,
         "BLOCK_D": max(MIN_BLOCK_M, triton.next_power_of_2(head_dim)),
         "SPLIT": SPLIT,
         "WINDOW": window,
+        "enable_fp_fusion": False,
     }
-    append_attention_kernel[(rows * num_splits, num_kv_heads)](
+    append_attention_kernel[(rows + capacity, num_kv_heads)](
         qkv, positions, write_index, cos_sin, q_norm_weight, k_norm_weight, q, k_cache, v_cache,
-        batch.block_table, batch.slots, batch.context_lens, out, partial, maxima, sums,
-        scale * LOG2_E, num_splits, qkv.stride(0), cos_sin.stride(0), batch.block_table.stride(0),
-        eps, NUM_KV_HEADS=num_kv_heads, BLOCK_HALF=triton.next_power_of_2(head_dim // 2),
+        batch.block_table, batch.slots, batch.context_lens, out, *scratch, scale * LOG2_E, rows,
+        capacity, qkv.stride(0), cos_sin.stride(0), batch.block_table.stride(0), eps,
+        NUM_KV_HEADS=num_kv_heads, BLOCK_HALF=triton.next_power_of_2(head_dim // 2),
         Q_TILE=triton.next_power_of_2(group),
         DECODE_M=max(MIN_BLOCK_M, triton.next_power_of_2(group)), BLOCK_SIZE=block_size,
         TILE=config.constants["TILE"], NORM=q_norm_weight is not None,
         UPCAST=q.device.type == "cpu" and q.dtype == torch.bfloat16,
         num_warps=config.num_warps, num_stages=config.num_stages, **shared,
     )  # fmt: skip
-    if num_splits > 1:
+    if capacity:
         merge_kernel[(rows, num_heads)](
-            partial, maxima, sums, batch.context_lens, None, out, num_splits, SCALED=False,
+            *scratch, batch.context_lens, None, out, rows, capacity, SCALED=False,
             UNROLL=MERGE_UNROLL, num_warps=MERGE_WARPS, **shared,
         )  # fmt: skip
     return out

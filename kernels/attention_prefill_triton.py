@@ -9,13 +9,7 @@ those of the decode branch and the merge. Two states in registers are the price 
 import triton
 import triton.language as tl
 
-from millrace.kernels.attention_tiles_triton import (
-    attend_tile,
-    empty_state,
-    fold,
-    load_queries,
-    result,
-)
+from millrace.kernels.attention_tiles_triton import attend_span, load_queries, store_result
 
 
 @triton.jit
@@ -94,35 +88,13 @@ def attend_prefill(
         )
         o_position = position + o_m // GROUP
         p_table = p_block_table + tl.load(p_slots + i_row) * stride_table
-        b_max, b_sum, b_acc = empty_state(BLOCK_M, BLOCK_D)  # of the splits so far
-        b_max_split, b_sum_split, b_acc_split = empty_state(BLOCK_M, BLOCK_D)
         # First the tiles that every query sees whole, then those with the edge of some query.
-        seen_by_all = 0
-        if WINDOW == 0:
-            seen_by_all = (position + 1) // TILE * TILE
-        for MASKED in tl.static_range(2):
-            if MASKED:
-                lower = tl.maximum(seen_by_all, first // TILE * TILE)
-                upper = end
-            else:
-                lower = 0
-                upper = seen_by_all
-            if MASKED or WINDOW == 0:
-                for i_tile in range(lower, upper, TILE):
-                    if i_tile % SPLIT == 0:
-                        b_max, b_sum, b_acc = fold(
-                            b_max, b_sum, b_acc, b_max_split, b_sum_split, b_acc_split
-                        )
-                        b_max_split, b_sum_split, b_acc_split = empty_state(BLOCK_M, BLOCK_D)
-                    b_max_split, b_sum_split, b_acc_split = attend_tile(
-                        b_max_split, b_sum_split, b_acc_split, b_q, o_position, p_k, p_v, p_table,
-                        i_tile, first, end, scale, softcap_log2, BLOCK_SIZE,
-                        NUM_KV_HEADS * HEAD_DIM, HEAD_DIM, BLOCK_D, TILE, WINDOW, SOFTCAP, MASKED,
-                    )  # fmt: skip
-        b_max, b_sum, b_acc = fold(b_max, b_sum, b_acc, b_max_split, b_sum_split, b_acc_split)
-        o_d = tl.arange(0, BLOCK_D)
-        m_md = m_m[:, None] & (o_d < HEAD_DIM)[None, :]
-        o_out = (o_token * (NUM_KV_HEADS * GROUP) + o_head) * HEAD_DIM
-        b_out = result(b_acc, b_sum, p_v_scale, i_kv_head, SCALED)
-        p_row = p_out + o_out[:, None] + o_d[None, :]
-        tl.store(p_row, b_out.to(p_out.dtype.element_ty), mask=m_md)
+        _, b_sum, b_acc = attend_span(
+            b_q, o_position, p_k, p_v, p_table, first // TILE * TILE, (position + 1) // TILE * TILE,
+            first, end, scale, softcap_log2, BLOCK_SIZE, NUM_KV_HEADS * HEAD_DIM, HEAD_DIM, BLOCK_M,
+            BLOCK_D, SPLIT, TILE, WINDOW, SOFTCAP, WINDOW == 0,
+        )  # fmt: skip
+        o_row_head = o_token * (NUM_KV_HEADS * GROUP) + o_head
+        store_result(
+            p_out, o_row_head, m_m, b_sum, b_acc, p_v_scale, i_kv_head, HEAD_DIM, BLOCK_D, SCALED
+        )

@@ -1,4 +1,4 @@
-"""Paged attention, the arithmetic that all programs share: a tile, a split, a result.
+"""Paged attention, the arithmetic that all programs share: a tile, a split, a span, a result.
 
 A tile is TILE consecutive positions of one sequence. `attend_tile` adds it to a running softmax
 (Milakov and Gimelshein 2018) in float32 and base 2, over the state (m, l, acc):
@@ -12,7 +12,7 @@ to those before it, in ascending order:
     m' = max(m, m_s)     l' = l 2^(m - m') + l_s 2^(m_s - m')     acc' likewise
 
 Whoever computes a position does these steps in this order. So its bits are the same whether other
-programs held some of its splits (decodes) or one program walked them all (prefill chunks).
+programs held some of its splits (decodes) or one program walked them all (`attend_span`).
 
 Three details make that hold:
 
@@ -21,7 +21,8 @@ Three details make that hold:
 - p is summed in fixed point. The mantissa of p + 1 is round(p * 2^23); integer sums come out the
   same in whatever order threads and warps add, and that order differs between tile shapes. The
   error of a weight, 2^-24 of the largest one, is float32's own.
-- Every product that meets a sum is an explicit `fma`: nothing is left to what a compiler fuses.
+- Every product that meets a sum is an explicit `fma`, and kernels are launched without fusion of
+  any other: nothing is left to what a compiler fuses in one place and not in another.
 """
 
 import triton
@@ -139,6 +140,60 @@ def attend_tile(
 
 
 @triton.jit
+def attend_span(
+    b_q,  # [BLOCK_M, BLOCK_D]
+    o_position,  # i32 [BLOCK_M], of each query
+    p_k,  # of this KV head, as p_v
+    p_v,
+    p_table,  # of this sequence
+    begin,  # a multiple of TILE
+    whole,  # with WHOLE: every query sees all of the tiles before this one
+    first,  # some query sees positions first .. end - 1
+    end,
+    scale,
+    softcap_log2,
+    BLOCK_SIZE: tl.constexpr,
+    ROW: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SPLIT: tl.constexpr,
+    TILE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """The state of positions begin .. end - 1, folded at each multiple of SPLIT.
+
+    A span within one split gives that split's state: folding it into none changes no bit.
+    """
+    b_max, b_sum, b_acc = empty_state(BLOCK_M, BLOCK_D)  # of the splits so far
+    b_max_split, b_sum_split, b_acc_split = empty_state(BLOCK_M, BLOCK_D)
+    for MASKED in tl.static_range(2):
+        if MASKED:
+            lower = begin
+            upper = end
+            if WHOLE:
+                lower = tl.maximum(begin, whole)
+        else:
+            lower = begin
+            upper = whole
+        if MASKED or WHOLE:
+            for i_tile in range(lower, upper, TILE):
+                if i_tile % SPLIT == 0:
+                    b_max, b_sum, b_acc = fold(
+                        b_max, b_sum, b_acc, b_max_split, b_sum_split, b_acc_split
+                    )
+                    b_max_split, b_sum_split, b_acc_split = empty_state(BLOCK_M, BLOCK_D)
+                b_max_split, b_sum_split, b_acc_split = attend_tile(
+                    b_max_split, b_sum_split, b_acc_split, b_q, o_position, p_k, p_v, p_table,
+                    i_tile, first, end, scale, softcap_log2, BLOCK_SIZE, ROW, HEAD_DIM, BLOCK_D,
+                    TILE, WINDOW, SOFTCAP, MASKED,
+                )  # fmt: skip
+    return fold(b_max, b_sum, b_acc, b_max_split, b_sum_split, b_acc_split)
+
+
+@triton.jit
 def load_queries(
     p_q,
     o_token,  # i64 [BLOCK_M]
@@ -160,9 +215,23 @@ def load_queries(
 
 
 @triton.jit
-def result(b_acc, b_sum, p_v_scale, i_kv_head, SCALED: tl.constexpr):
+def store_result(
+    p_out,  # [T, H, D]
+    o_row_head,  # i64 [BLOCK_M], token * H + head
+    m_row,  # [BLOCK_M]
+    b_sum,
+    b_acc,
+    p_v_scale,
+    i_kv_head,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SCALED: tl.constexpr,
+):
     """acc / l, by the scale of V; 0 where nothing was seen (a row without context)."""
     b_out = b_acc / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
     if SCALED:
         b_out *= tl.load(p_v_scale + i_kv_head)
-    return b_out
+    o_d = tl.arange(0, BLOCK_D)
+    p_row = p_out + o_row_head[:, None] * HEAD_DIM + o_d[None, :]
+    m_md = m_row[:, None] & (o_d < HEAD_DIM)[None, :]
+    tl.store(p_row, b_out.to(p_out.dtype.element_ty), mask=m_md)

@@ -3,8 +3,8 @@
 One launch serves decodes and prefill chunks alike. Axis 1 of the grid is the KV head, whose H / G
 query heads share a tile, so that K and V are read once for all of them. Axis 0 lists the work:
 
-    decodes     row 0 split 0, row 0 split 1, ...     `attention_decode_triton.py`
-    prefills    the last block of queries, ...        `attention_prefill_triton.py`
+    decodes     the rows that one program does, then the splits     `attention_decode_triton.py`
+    prefills    the last block of queries, ...                      `attention_prefill_triton.py`
 
 A split is SPLIT positions of the context at a multiple of SPLIT, whatever the batch. A decode's
 splits are summed by programs of their own and folded by a merge kernel; a prefill program walks
@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from millrace.kernels.attention import KVScales, PreparedAttention, expect_attention_inputs
-from millrace.kernels.attention_decode_triton import attend_decode, merge_kernel
+from millrace.kernels.attention_decode_triton import attend_decode, find_work, merge_kernel
 from millrace.kernels.attention_prefill_triton import attend_prefill
 from millrace.kernels.configs import LaunchConfig, launch_config
 
@@ -42,7 +42,7 @@ FP8_CAPABILITY = (8, 9)  # the first NVIDIA GPUs that convert float8_e4m3fn
 HOPPER = (9, 0)
 
 
-@triton.jit(do_not_specialize=["num_decodes", "num_rows", "num_splits"])
+@triton.jit(do_not_specialize=["num_decodes", "num_rows", "capacity"])
 def attention_kernel(
     p_q,  # [T, H, D]
     p_k,  # [B, P, G, D]
@@ -54,14 +54,14 @@ def attention_kernel(
     p_k_scale,  # f32 [G]
     p_v_scale,  # f32 [G]
     p_out,  # [T, H, D]
-    p_partial,  # f32 [num_decodes, H, num_splits, D], unnormalised sums
-    p_max,  # f32 [num_decodes, H, num_splits], base-2 maxima
-    p_sum,  # f32 [num_decodes, H, num_splits]
+    p_partial,  # f32 [capacity, H, D], unnormalised sums
+    p_max,  # f32 [capacity, H], base-2 maxima
+    p_sum,  # f32 [capacity, H]
     scale,  # scale * log2(e); with a soft cap, scale / softcap
     softcap_log2,  # softcap * log2(e)
     num_decodes,
     num_rows,
-    num_splits,
+    capacity,
     stride_q_token,
     stride_q_head,
     stride_table,
@@ -87,16 +87,20 @@ def attention_kernel(
     if SCALED:
         scale *= tl.load(p_k_scale + i_kv_head)
     i_item = tl.program_id(0)
-    num_items = num_decodes * num_splits if HAS_DECODES else 0
+    num_items = num_decodes + capacity if HAS_DECODES else 0
     # Two branches, and of a batch with one kind of rows only that one: it takes fewer registers.
     if HAS_DECODES:  # noqa: SIM102 - known to the compiler, unlike the next
         if i_item < num_items:
-            attend_decode(
-                i_item, i_kv_head, p_q, p_k, p_v, p_block_table, p_slots, p_context_lens,
-                p_v_scale, p_out, p_partial, p_max, p_sum, scale, softcap_log2, num_splits,
-                stride_q_token, stride_q_head, stride_table, SCALED, NUM_KV_HEADS, GROUP,
-                HEAD_DIM, BLOCK_D, DECODE_M, BLOCK_SIZE, SPLIT, TILE, WINDOW, SOFTCAP, UPCAST,
-            )  # fmt: skip
+            i_row, context, begin, end, part = find_work(
+                i_item, p_context_lens, num_decodes, capacity, SPLIT, WINDOW
+            )
+            if i_row >= 0:
+                attend_decode(
+                    i_row, context, begin, end, part, i_kv_head, p_q, p_k, p_v, p_block_table,
+                    p_slots, p_v_scale, p_out, p_partial, p_max, p_sum, scale, softcap_log2,
+                    stride_q_token, stride_q_head, stride_table, SCALED, NUM_KV_HEADS, GROUP,
+                    HEAD_DIM, BLOCK_D, DECODE_M, BLOCK_SIZE, SPLIT, TILE, WINDOW, SOFTCAP, UPCAST,
+                )  # fmt: skip
     if HAS_PREFILLS:  # noqa: SIM102
         if i_item >= num_items:
             attend_prefill(
@@ -133,12 +137,12 @@ def paged_attention(
     group = num_heads // k_cache.shape[2]
     config = attention_config(q.device, q.dtype, head_dim)
     block_m = max(config.constants["BLOCK_M"], triton.next_power_of_2(group))
-    num_splits, num_blocks = most_splits(batch.max_context_len, window), 0
+    num_blocks = 0
     if num_rows > num_decodes:
         num_blocks = (q.shape[0] - num_decodes) // (block_m // group) + num_rows - num_decodes
-    partial = torch.empty(num_decodes, num_heads, num_splits, head_dim, device=q.device)
-    maxima = torch.empty(num_decodes, num_heads, num_splits, device=q.device)
-    sums = torch.empty_like(maxima)
+    cache_tokens = k_cache.shape[0] * k_cache.shape[1]
+    capacity = most_parts(num_decodes, batch.max_context_len, window, cache_tokens)
+    scratch = split_scratch(capacity, num_heads, head_dim, q.device)
     k_scale, v_scale = (None, None) if kv_scales is None else (kv_scales.key, kv_scales.value)
     shared = {  # constants of both kernels
         "SCALED": kv_scales is not None,
@@ -147,32 +151,53 @@ def paged_attention(
         "BLOCK_D": max(MIN_BLOCK_M, triton.next_power_of_2(head_dim)),
         "SPLIT": SPLIT,
         "WINDOW": window,
+        "enable_fp_fusion": False,
     }
-    attention_kernel[(num_decodes * num_splits + num_blocks, k_cache.shape[2])](
+    attention_kernel[(num_decodes + capacity + num_blocks, k_cache.shape[2])](
         q, k_cache, v_cache, batch.block_table, batch.slots, batch.query_start,
-        batch.context_lens, k_scale, v_scale, out, partial, maxima, sums,
+        batch.context_lens, k_scale, v_scale, out, *scratch,
         scale * LOG2_E if softcap is None else scale / softcap,
         0.0 if softcap is None else softcap * LOG2_E,
-        num_decodes, num_rows, num_splits, q.stride(0), q.stride(1), batch.block_table.stride(0),
+        num_decodes, num_rows, capacity, q.stride(0), q.stride(1), batch.block_table.stride(0),
         HAS_DECODES=num_decodes > 0, HAS_PREFILLS=num_blocks > 0, NUM_KV_HEADS=k_cache.shape[2],
         DECODE_M=max(MIN_BLOCK_M, triton.next_power_of_2(group)), BLOCK_M=block_m,
         BLOCK_SIZE=prepared.block_size, TILE=config.constants["TILE"], SOFTCAP=softcap is not None,
         UPCAST=q.device.type == "cpu" and q.dtype == torch.bfloat16,
         num_warps=config.num_warps, num_stages=config.num_stages, **shared,
     )  # fmt: skip
-    if num_decodes and num_splits > 1:
+    if capacity:
         merge_kernel[(num_decodes, num_heads)](
-            partial, maxima, sums, batch.context_lens, v_scale, out, num_splits,
+            *scratch, batch.context_lens, v_scale, out, num_decodes, capacity,
             UNROLL=MERGE_UNROLL, num_warps=MERGE_WARPS, **shared,
         )  # fmt: skip
     return out
 
 
-def most_splits(max_context_len: int, window: int) -> int:
-    """The most splits that a decode sees: a window of 40 touches at most two, wherever it lies."""
+def most_parts(num_decodes: int, max_context_len: int, window: int, cache_tokens: int) -> int:
+    """Splits that scratch has room for, from what a captured graph knows: 0 if none is needed.
+
+    The least of two bounds. A row has at most the splits of max_context_len, or of a window: one of
+    40 tokens touches at most two, wherever it lies. And rows that share no block hold together no
+    more tokens than the cache has, and one ragged split each. Rows that share a prefix may exceed
+    the second bound: those that do not fit are done by one program a head (`find_work`), and then
+    there are more than cache_tokens / SPLIT splits of others and whole rows to fill the device.
+    Example: 256 rows of up to 131072 tokens in a cache of 900,000: 3771 splits, not 131,072.
+    """
     if window:
         max_context_len = min(max_context_len, window + SPLIT - 1)
-    return max(1, -(-max_context_len // SPLIT))
+    splits = -(-max_context_len // SPLIT)
+    if splits < 2:
+        return 0
+    return min(num_decodes * splits, cache_tokens // SPLIT + num_decodes)
+
+
+def split_scratch(
+    capacity: int, num_heads: int, head_dim: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """For so many splits: f32 [capacity, H, D], and twice f32 [capacity, H] (maxima, sums)."""
+    partial = torch.empty(capacity, num_heads, head_dim, device=device)
+    maxima = torch.empty(capacity, num_heads, device=device)
+    return partial, maxima, torch.empty_like(maxima)
 
 
 @cache

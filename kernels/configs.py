@@ -8,7 +8,7 @@ What the file does not have for a device, the kernel's own default is.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
@@ -31,13 +31,16 @@ class LaunchConfig:
 def launch_config(
     op: str, key: str, device: torch.device, default: LaunchConfig, file: Path = FILE
 ) -> LaunchConfig:
-    """The row of `op` and `key` for this device, else `default`.
+    """The row of `op` and `key` for this device, else `default`; constants it lacks are default's.
 
-    Example: launch_config("paged_attention", "bf16 D128", torch.device("cuda"), DEFAULT).
+    Example: launch_config("paged_attention", "bfloat16 D128", torch.device("cuda"), DEFAULT).
     """
     if device.type != "cuda":
         return default
-    return _rows(file).get((torch.cuda.get_device_name(device), op, key), default)
+    row = _rows(file).get((torch.cuda.get_device_name(device), op, key))
+    if row is None:
+        return default
+    return replace(row, constants={**default.constants, **row.constants})
 
 
 @cache

@@ -6,6 +6,9 @@
     xformers    as triton, with attention by xformers; on CUDA only
     reference   the definitions: slow, for comparison
 
+Deterministic steps, where a row has the same bits in any batch: triton by its own matrix products
+alone, and torch on a CPU by `row_invariant_cpu.py`. The others choose by the number of rows.
+
 Everything above `kernels` calls through an `Operations` and never asks which device it is on.
 """
 
@@ -18,12 +21,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from millrace.kernels import activation, attention, attention_cpu, kv_append, matmul, norm
-from millrace.kernels.logprobs import RawLogprobs, raw_logprobs_cpu, raw_logprobs_reference
-from millrace.kernels.processed_logprobs import (
-    processed_logprobs_cpu,
-    processed_logprobs_reference,
+from millrace.kernels import (
+    activation,
+    attention,
+    attention_cpu,
+    kv_append,
+    matmul,
+    norm,
+    row_invariant_cpu,
 )
+from millrace.kernels.drawn_logprobs import drawn_logprobs_cpu, drawn_logprobs_reference
+from millrace.kernels.logprobs import RawLogprobs, raw_logprobs_cpu, raw_logprobs_reference
 from millrace.kernels.sampling import SampledTokens, sample_reference
 from millrace.kernels.sampling_cpu import sample_cpu
 
@@ -65,7 +73,7 @@ class Operations:
     fuse: Callable[..., Any] | None  # fused_model.fuse, where there are fused products
     sample: Callable[..., SampledTokens]  # sampling.sample_reference
     raw_logprobs: Callable[..., RawLogprobs]  # logprobs.raw_logprobs_reference
-    processed_logprobs: Callable[..., RawLogprobs]  # processed_logprobs_reference
+    drawn_logprobs: Callable[..., RawLogprobs]  # drawn_logprobs.drawn_logprobs_reference
 
     @property
     def interleaved(self) -> bool:
@@ -87,7 +95,7 @@ REFERENCE = Operations(
     fuse=None,
     sample=sample_reference,
     raw_logprobs=raw_logprobs_reference,
-    processed_logprobs=processed_logprobs_reference,
+    drawn_logprobs=drawn_logprobs_reference,
 )
 
 TORCH_ON_GPU = replace(
@@ -107,7 +115,18 @@ TORCH_ON_CPU = replace(
     paged_attention=attention_cpu.paged_attention_cpu,
     sample=sample_cpu,
     raw_logprobs=raw_logprobs_cpu,
-    processed_logprobs=processed_logprobs_cpu,
+    drawn_logprobs=drawn_logprobs_cpu,
+)
+
+ROW_INVARIANT_ON_CPU = replace(
+    TORCH_ON_CPU,
+    rms_norm=row_invariant_cpu.rms_norm,
+    add_rms_norm=row_invariant_cpu.add_rms_norm,
+    silu_mul=row_invariant_cpu.silu_mul,
+    kv_append=row_invariant_cpu.append,
+    prepare_attention=row_invariant_cpu.prepare_queries,
+    pack_linear=row_invariant_cpu.pack_row_invariant,
+    sample=row_invariant_cpu.sample,
 )
 
 
@@ -125,6 +144,13 @@ def operations(
     on_gpu = device.type == "cuda"
     if attention_backend == "auto":
         attention_backend = "triton" if on_gpu else "torch"
+    if deterministic and attention_backend == "torch" and not on_gpu:
+        return ROW_INVARIANT_ON_CPU
+    if deterministic and attention_backend != "triton":
+        raise ValueError(
+            f"deterministic: attention_backend {attention_backend} on {device.type} gives a row "
+            "other bits in another batch; expected triton on CUDA, or torch on a CPU"
+        )
     if attention_backend == "reference":
         return REFERENCE
     if attention_backend == "torch":
@@ -157,7 +183,7 @@ def _triton_operations(on_gpu: bool, deterministic: bool = False) -> Operations:
         fuse=partial(fused_model.fuse, deterministic=deterministic),
         sample=sampling_triton.sample_triton,
         raw_logprobs=logprobs_triton.raw_logprobs_triton,
-        processed_logprobs=logprobs_triton.processed_logprobs_triton,
+        drawn_logprobs=logprobs_triton.drawn_logprobs_triton,
     )
 
 

@@ -1,7 +1,8 @@
 """Logits as the filters see them, inside Triton kernels: steps 1 to 7 of `sampling.py`.
 
-Every kernel that reads logits does it through `scaled_logits`, elementwise and without fused
-multiply-adds, so that each gets the same bits and none has to write [R, V] for the next. A row's
+Every kernel that reads logits does it through `scaled_logits` or its two halves, elementwise and
+without fused multiply-adds, so that each gets the same bits and none has to write [R, V] for the
+next. A row's
 numbers lie side by side in `SlotSampling.scalars`; its tables over the vocabulary are read only
 where a flag says so.
 """
@@ -21,6 +22,7 @@ TOP_K = tl.constexpr(SCALARS.index("top_k"))
 TYPICAL_P = tl.constexpr(SCALARS.index("typical_p"))
 TOP_P = tl.constexpr(SCALARS.index("top_p"))
 MIN_P = tl.constexpr(SCALARS.index("min_p"))
+LOGPROBS = tl.constexpr(SCALARS.index("logprobs"))
 _XTC_PROBABILITY = tl.constexpr(SCALARS.index("xtc_probability"))
 _XTC_THRESHOLD = tl.constexpr(SCALARS.index("xtc_threshold"))
 _REPETITION = tl.constexpr(SCALARS.index("repetition_penalty"))
@@ -70,12 +72,18 @@ def is_filtered(p_scalars, p_seed, slot, position):
 
 
 @triton.jit
-def scaled_logits(row, o_vocab, m_vocab):
-    """f32 logits of the ids `o_vocab`, -inf where masked, through bias, bans, penalties and the
-    temperature that comes before the filters. `row` is the tuple that is taken apart first."""
-    p_row, slot, position, vocab, p_scalars, tables = row
+def load_logits(row, o_vocab, m_vocab):
+    """f32 logits of the ids `o_vocab` as the model gave them, -inf where masked. `row` is the tuple
+    that `edited_logits` takes apart."""
+    return tl.load(row[0] + o_vocab, mask=m_vocab, other=float("-inf")).to(tl.float32)
+
+
+@triton.jit
+def edited_logits(row, x, o_vocab, m_vocab):
+    """`load_logits` through bias, bans, penalties and the temperature that comes before the
+    filters."""
+    _, slot, position, vocab, p_scalars, tables = row
     p_bias, p_has_bias, p_seen, p_counts, p_has_penalties, p_stop_ids, p_min_position = tables
-    x = tl.load(p_row + o_vocab, mask=m_vocab, other=float("-inf")).to(tl.float32)
     start = slot * vocab
     if tl.load(p_has_bias + slot):
         x += tl.load(p_bias + start + o_vocab, mask=m_vocab, other=0.0)
@@ -96,3 +104,9 @@ def scaled_logits(row, o_vocab, m_vocab):
         x = tl.where(counts > 0, x - said, x)
     _, before, _ = temperature_factors(p_scalars, slot)
     return x * before
+
+
+@triton.jit
+def scaled_logits(row, o_vocab, m_vocab):
+    """f32 logits of the ids `o_vocab` as the filters see them, -inf where masked."""
+    return edited_logits(row, load_logits(row, o_vocab, m_vocab), o_vocab, m_vocab)

@@ -92,17 +92,37 @@ def to_fp8(x: Tensor, scale: Tensor) -> Tensor:
 def _write_rows(cache: Tensor, write_index: Tensor, rows: Tensor) -> None:
     """Row t of rows [T, G, D] to row write_index[t] of the cache, padding left out.
 
-    A negative index is an error to PyTorch: on a CPU one that can be caught, so that batches
-    without padding need not be searched for it; on a GPU padding is for the Triton form alone.
+    A negative index is an error to PyTorch. On a CPU it is caught, so that batches without padding
+    are not searched for it. On a GPU it would end the process's context, and looking for it would
+    make the host wait: there padding does again what some other token does.
     """
     if cache.dtype == FP8:  # which index_copy_ does not know
         cache, rows = cache.view(torch.uint8), rows.view(torch.uint8)
     cache_rows = cache.flatten(0, 1)
+    if cache.device.type != "cpu":
+        _write_rows_without_waiting(cache_rows, write_index, rows)
+        return
     try:
         cache_rows.index_copy_(0, write_index, rows)
     except IndexError:
         written = write_index >= 0
         cache_rows.index_copy_(0, write_index[written], rows[written])
+
+
+def _write_rows_without_waiting(cache_rows: Tensor, write_index: Tensor, rows: Tensor) -> None:
+    """As `_write_rows`, with nothing that depends on whether there is padding.
+
+    The token with the greatest index is written by all padding as well: the same values to the same
+    place. Where all is padding, row 0 of the cache is written with what it holds.
+    """
+    if len(rows) == 0:
+        return
+    real = write_index >= 0
+    last = write_index.argmax(0, keepdim=True)  # [1]; a tensor of no dimension would be fetched
+    index = torch.where(real, write_index, write_index[last].clamp(min=0))
+    source = torch.where(real[last][:, None, None], rows[last], cache_rows[:1])
+    rows = torch.where(real[:, None, None], rows, source)
+    cache_rows.index_copy_(0, index, rows)
 
 
 def _rotate(x: Tensor, cos_sin: Tensor) -> Tensor:

@@ -1,13 +1,22 @@
-"""Logprobs on the GPU: one sweep of the logits for everything, then one program a row.
+"""Logprobs on the GPU, of drawn tokens and of prompts.
 
-    tile   row x tile   the chosen logit; maximum, sum of exp relative to it, number of logits above
-                        the chosen one, and the tile's num_top best tokens as sortable keys
-    row    row          combines the tiles, and picks the best of their best tokens
+Of a drawn token they cost no sweep: `stats_kernel` of `sampling_triton.py` has summed the row up
+and noted the maxima of its groups of 32 (`SweepNotes`). What is left to be read are the groups that
+hold logits above the chosen one, for its rank; the groups that hold the best tokens; and, if the
+distribution was filtered, those that hold survivors:
 
-`logprobs.py` defines the raw ones, `processed_logprobs.py` the processed: their sweep redoes the
-edits and tests each token against what the sampler has kept. A tile is 4096 tokens whatever the
-batch, so a row's result does not depend on its neighbours. The sum of exp is a float32 sum in a
-fixed order: it may differ from the reference in the last places, never with the batch.
+    pick     row          which groups these are, from the noted maxima; the chosen token's logit
+    part     row x part   128 of them: logits above the chosen one, the num_top best tokens as
+                          sortable keys, and maximum and mass of the survivors of filters
+    merge    row          combines the parts
+
+The best n tokens of a row lie in the n groups of the greatest maxima. Tokens 0 to 63 are read in
+any case: where fewer than num_top tokens are possible at all, the impossible ones of the lowest ids
+follow, and those are among them.
+
+Prompt tokens have no sampler before them: one sweep by tiles in place of pick and part, then the
+same merge. `logprobs.py` and `drawn_logprobs.py` have the definitions. A tile is 4096 tokens
+whatever the batch, masses are integers: a row's result does not depend on its neighbours.
 """
 
 import torch
@@ -15,31 +24,69 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from millrace.kernels.edits_triton import scaled_logits, temperature_factors
-from millrace.kernels.logprobs import RawLogprobs, check_logprob_inputs
-from millrace.kernels.order_triton import key_id, key_of, key_value, load_kept, survives
+from millrace.kernels.edits_triton import (
+    LOGPROBS,
+    edited_logits,
+    is_filtered,
+    load_logits,
+    scalar,
+    temperature_factors,
+)
+from millrace.kernels.logprobs import MASS_ONE, MAX_TOP, RawLogprobs, check_logprob_inputs
+from millrace.kernels.order_triton import (
+    SIGN,
+    key_id,
+    key_of,
+    key_value,
+    load_kept,
+    order_of,
+    survives,
+    value_of,
+)
 from millrace.kernels.rng import TILE
 from millrace.kernels.sampling import SampledTokens, check_inputs
-from millrace.kernels.slot_sampling import SlotSampling
+from millrace.kernels.sampling_filters_triton import (
+    GROUP,
+    GROUPS_PER_TILE,
+    head,
+    list_groups,
+    mass_of,
+)
+from millrace.kernels.slot_sampling import PROCESSED_LOGPROBS, SlotSampling
 
-WARPS = 8
+WARPS, PART_WARPS = 8, 16
+
+
+def pick_warps(tiles: int) -> int:
+    """Warps that hold the group maxima of `tiles` tiles (a power of two) without a spill."""
+    return 8 if tiles <= 32 else 16
+
 
 _TILE = tl.constexpr(TILE)
+_GROUP = tl.constexpr(GROUP)
+_GROUPS = tl.constexpr(GROUPS_PER_TILE)
+_TOP_GROUPS = tl.constexpr(MAX_TOP // GROUP)
+_MASS_ONE = tl.constexpr(MASS_ONE)
 _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
+_PROCESSED = tl.constexpr(PROCESSED_LOGPROBS)
 
 
 @triton.jit
-def _score_tile(
-    x, o_vocab, m_vocab, chosen, o_out, p_best, p_sum, p_above, p_keys, p_chosen, num_top
-):
-    """What a tile knows of its logits x, -inf where masked."""
-    best = tl.max(x, axis=0)
-    tl.store(p_chosen + o_out, chosen)
-    tl.store(p_sum + o_out, tl.sum(tl.exp(x - tl.maximum(best, _LOWEST)), axis=0))
-    tl.store(p_above + o_out, tl.sum((x > chosen).to(tl.int32), axis=0))
-    has_nan = tl.max((x != x).to(tl.int32), axis=0) != 0
-    tl.store(p_best + o_out, tl.where(has_nan, float("nan"), best))
-    keys = tl.where(m_vocab, key_of(x, o_vocab), -1)
+def _scored_logits(row, kind, kept, o_vocab, m_vocab):
+    """The logits that a row is scored by: the model's, or as the draw saw them."""
+    y = load_logits(row, o_vocab, m_vocab)
+    if kind == _PROCESSED:
+        x = edited_logits(row, y, o_vocab, m_vocab)
+        _, _, after = temperature_factors(row[4], row[1])
+        y = tl.where(survives(key_of(x, o_vocab), x, kept), x * after, float("-inf"))
+    return y
+
+
+@triton.jit
+def _score_part(y, o_vocab, m_vocab, chosen, o_out, p_above, p_keys, num_top):
+    """Count the logits y [N] above the chosen one, and store the keys of the best."""
+    tl.store(p_above + o_out, tl.sum((y > chosen).to(tl.int32), axis=0))
+    keys = tl.where(m_vocab, key_of(y, o_vocab), -1)
     for i_top in range(num_top):
         top_key = tl.max(keys, axis=0)
         tl.store(p_keys + o_out * num_top + i_top, top_key)
@@ -47,14 +94,22 @@ def _score_tile(
 
 
 @triton.jit
+def _store_mass(y, o_out, p_best, p_mass):
+    best = tl.max(y, axis=0)
+    tl.store(p_mass + o_out, tl.sum(mass_of(y, tl.maximum(best, _LOWEST)), axis=0))
+    has_nan = tl.max((y != y).to(tl.int32), axis=0) != 0
+    tl.store(p_best + o_out, tl.where(has_nan, float("nan"), best))
+
+
+@triton.jit
 def raw_tile_kernel(
     p_logits,
     p_token_ids,
     p_best,  # f32[R, tiles], NaN if the tile holds one
-    p_sum,  # f32[R, tiles]
+    p_mass,  # i64[R, tiles], relative to it
     p_above,  # i32[R, tiles]
     p_keys,  # i64[R, tiles, num_top], best first; -1 where the tile has no more
-    p_chosen,  # f32[R, tiles], the same in all tiles
+    p_chosen,  # f32[R]
     stride_logits,
     tiles,
     vocab,
@@ -64,27 +119,21 @@ def raw_tile_kernel(
     p_row = p_logits + i_row * stride_logits
     o_vocab = i_tile * _TILE + tl.arange(0, _TILE)
     m_vocab = o_vocab < vocab
-    x = tl.load(p_row + o_vocab, mask=m_vocab, other=float("-inf")).to(tl.float32)
+    y = tl.load(p_row + o_vocab, mask=m_vocab, other=float("-inf")).to(tl.float32)
     chosen = tl.load(p_row + tl.load(p_token_ids + i_row)).to(tl.float32)
+    tl.store(p_chosen + i_row, chosen, mask=i_tile == 0)
     o_out = i_row * tiles + i_tile
-    _score_tile(
-        x, o_vocab, m_vocab, chosen, o_out, p_best, p_sum, p_above, p_keys, p_chosen, num_top
-    )
+    _store_mass(y, o_out, p_best, p_mass)
+    _score_part(y, o_vocab, m_vocab, chosen, o_out, p_above, p_keys, num_top)
 
 
 @triton.jit
-def _processed(row, kept, after, o_vocab, m_vocab):
-    """Logits as the draw sees them."""
-    x = scaled_logits(row, o_vocab, m_vocab)
-    return tl.where(survives(key_of(x, o_vocab), x, kept), x * after, float("-inf"))
-
-
-@triton.jit
-def processed_tile_kernel(
+def pick_kernel(
     p_logits,
     p_slots,
     p_positions,
     p_scalars,
+    p_seed,
     p_bias,
     p_has_bias,
     p_seen,
@@ -93,9 +142,74 @@ def processed_tile_kernel(
     p_stop_ids,
     p_min_position,
     p_kept,
+    p_note_maxima,
+    p_note_best,
     p_token_ids,
+    p_groups,  # i32[R, tiles * GROUPS], those to be read
+    p_num_groups,  # i32[R], 0 of rows that nobody asked to score
+    p_chosen,  # f32[R], NaN where the row has no logprobs
+    stride_logits,
+    tiles,
+    vocab,
+    num_top,
+    TILES: tl.constexpr,
+):
+    i_row = tl.program_id(0).to(tl.int64)
+    slot, position = tl.load(p_slots + i_row), tl.load(p_positions + i_row)
+    kind = scalar(p_scalars, slot, LOGPROBS)
+    tl.store(p_num_groups + i_row, 0)
+    tl.store(p_chosen + i_row, float("nan"))
+    if kind > 0:
+        tables = (p_bias, p_has_bias, p_seen, p_counts, p_has_penalties, p_stop_ids, p_min_position)
+        row = (p_logits + i_row * stride_logits, slot, position, vocab, p_scalars, tables)
+        kept = load_kept(p_kept + i_row * 4)
+        o_tile, o_group = tl.arange(0, TILES), tl.arange(0, TILES * _GROUPS)
+        bests = tl.load(p_note_best + i_row * tiles + o_tile, mask=o_tile < tiles, other=_LOWEST)
+        odd = tl.max(((bests != bests) | (bests == float("inf"))).to(tl.int32), axis=0) != 0
+        o_chosen = tl.arange(0, 1) + tl.load(p_token_ids + i_row).to(tl.int32)
+        chosen = tl.max(_scored_logits(row, kind, kept, o_chosen, o_chosen < vocab), axis=0)
+        tl.store(p_chosen + i_row, tl.where(odd, float("nan"), chosen))
+        maxima = tl.load(
+            p_note_maxima + i_row * tiles * _GROUPS + o_group,
+            mask=o_group < tiles * _GROUPS,
+            other=float("-inf"),
+        )
+        least = chosen
+        if (kind == _PROCESSED) & is_filtered(p_scalars, p_seed, slot, position):
+            _, _, after = temperature_factors(p_scalars, slot)
+            least = key_value(kept[0]) * after
+        elif num_top > 0:
+            # As many groups as tokens are asked for; all, if there are not as many.
+            orders = order_of(maxima).to(tl.int64) + SIGN
+            found = head(orders, tl.full((), 1, tl.int64), 0, num_top, 32)
+            bound = tl.where(found > 0, value_of((found - SIGN).to(tl.int32)), float("-inf"))
+            least = tl.minimum(chosen, bound)
+        m_group = (maxima >= least) | (o_group < _TOP_GROUPS)
+        p_list = p_groups + i_row * tiles * _GROUPS
+        tl.store(p_num_groups + i_row, list_groups(p_list, m_group, TILES * _GROUPS))
+
+
+@triton.jit
+def part_kernel(
+    p_logits,
+    p_slots,
+    p_positions,
+    p_scalars,
+    p_seed,
+    p_bias,
+    p_has_bias,
+    p_seen,
+    p_counts,
+    p_has_penalties,
+    p_stop_ids,
+    p_min_position,
+    p_kept,
+    p_note_best,
+    p_note_mass,
+    p_groups,
+    p_num_groups,
     p_best,
-    p_sum,
+    p_mass,
     p_above,
     p_keys,
     p_chosen,
@@ -104,31 +218,43 @@ def processed_tile_kernel(
     vocab,
     num_top,
 ):
-    i_row, i_tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    i_row, i_part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     slot, position = tl.load(p_slots + i_row), tl.load(p_positions + i_row)
-    tables = (p_bias, p_has_bias, p_seen, p_counts, p_has_penalties, p_stop_ids, p_min_position)
-    row = (p_logits + i_row * stride_logits, slot, position, vocab, p_scalars, tables)
-    kept = load_kept(p_kept + i_row * 4)
-    _, _, after = temperature_factors(p_scalars, slot)
-    o_vocab = i_tile * _TILE + tl.arange(0, _TILE)
-    m_vocab = o_vocab < vocab
-    x = _processed(row, kept, after, o_vocab, m_vocab)
-    o_chosen = tl.arange(0, 1) + tl.load(p_token_ids + i_row).to(tl.int32)
-    chosen = tl.max(_processed(row, kept, after, o_chosen, o_chosen < vocab), axis=0)
-    o_out = i_row * tiles + i_tile
-    _score_tile(
-        x, o_vocab, m_vocab, chosen, o_out, p_best, p_sum, p_above, p_keys, p_chosen, num_top
-    )
+    kind, num_groups = scalar(p_scalars, slot, LOGPROBS), tl.load(p_num_groups + i_row)
+    filtered = (kind == _PROCESSED) & is_filtered(p_scalars, p_seed, slot, position)
+    o_out = i_row * tiles + i_part
+    if kind > 0:
+        tl.store(p_above + o_out, 0)
+        best, mass = tl.load(p_note_best + o_out), tl.load(p_note_mass + o_out)
+        tl.store(p_best + o_out, tl.where(filtered, float("-inf"), best))
+        tl.store(p_mass + o_out, tl.where(filtered, 0, mass))
+    if i_part * _GROUPS < num_groups:
+        tables = (p_bias, p_has_bias, p_seen, p_counts, p_has_penalties, p_stop_ids, p_min_position)
+        row = (p_logits + i_row * stride_logits, slot, position, vocab, p_scalars, tables)
+        o_listed = i_part * _GROUPS + tl.arange(0, _TILE) // _GROUP
+        m_listed = o_listed < num_groups
+        groups = tl.load(p_groups + i_row * tiles * _GROUPS + o_listed, mask=m_listed, other=0)
+        o_vocab = groups * _GROUP + tl.arange(0, _TILE) % _GROUP
+        m_vocab = m_listed & (o_vocab < vocab)
+        y = _scored_logits(row, kind, load_kept(p_kept + i_row * 4), o_vocab, m_vocab)
+        y = tl.where(m_vocab, y, float("-inf"))
+        if filtered:
+            _store_mass(y, o_out, p_best, p_mass)
+        chosen = tl.load(p_chosen + i_row)
+        _score_part(y, o_vocab, m_vocab, chosen, o_out, p_above, p_keys, num_top)
+    else:
+        for i_top in range(num_top):
+            tl.store(p_keys + o_out * num_top + i_top, tl.full((), -1, tl.int64))
 
 
 @triton.jit
-def logprob_row_kernel(
+def merge_kernel(
     p_best,
-    p_sum,
+    p_mass,
     p_above,
     p_keys,
     p_chosen,
-    p_logprobs,  # f32[R]
+    p_logprobs,  # f32[R], NaN where `chosen` is
     p_ranks,  # i64[R]
     p_top_ids,  # i64[R, num_top]
     p_top_logprobs,  # f32[R, num_top]
@@ -140,13 +266,15 @@ def logprob_row_kernel(
     i_row = tl.program_id(0).to(tl.int64)
     o_tile = tl.arange(0, TILES)
     m_tile = o_tile < tiles
+    chosen = tl.load(p_chosen + i_row)
     bests = tl.load(p_best + i_row * tiles + o_tile, mask=m_tile, other=float("-inf"))
     best = tl.max(bests, axis=0)
-    ordinary = tl.max(((bests != bests) | (bests == float("inf"))).to(tl.int32), axis=0) == 0
-    best = tl.where(ordinary & (best > float("-inf")), best, float("nan"))
-    sums = tl.load(p_sum + i_row * tiles + o_tile, mask=m_tile, other=0.0)
-    log_sum = tl.log(tl.sum(sums * tl.exp(tl.maximum(bests, _LOWEST) - best), axis=0))
-    chosen = tl.load(p_chosen + i_row * tiles)
+    odd = tl.max(((bests != bests) | (bests == float("inf"))).to(tl.int32), axis=0) != 0
+    ordinary = (chosen == chosen) & (best > float("-inf"))
+    best = tl.where(ordinary & (odd == 0), best, float("nan"))
+    masses = tl.load(p_mass + i_row * tiles + o_tile, mask=m_tile, other=0).to(tl.float64)
+    share = tl.exp(tl.maximum(bests, _LOWEST).to(tl.float64) - best.to(tl.float64))
+    log_sum = tl.log(tl.sum(masses * share, axis=0) / _MASS_ONE).to(tl.float32)
     tl.store(p_logprobs + i_row, chosen - best - log_sum)
     above = tl.load(p_above + i_row * tiles + o_tile, mask=m_tile, other=0)
     tl.store(p_ranks + i_row, tl.sum(above, axis=0).to(tl.int64) + 1)
@@ -170,10 +298,10 @@ def raw_logprobs_triton(logits: Tensor, token_ids: Tensor, num_top: int) -> RawL
             *(logits, token_ids, *partial, logits.stride(0), tiles, vocab, num_top),
             num_warps=WARPS,
         )
-    return _finish(partial, num_top)
+    return _merge(partial, num_top)
 
 
-def processed_logprobs_triton(
+def drawn_logprobs_triton(
     logits: Tensor,
     slots: Tensor,
     positions: Tensor,
@@ -181,40 +309,53 @@ def processed_logprobs_triton(
     sampled: SampledTokens,
     num_top: int,
 ) -> RawLogprobs:
-    """As `processed_logprobs_reference`, of what `sample_triton` has sampled."""
+    """As `drawn_logprobs_reference`, of what `sample_triton` has sampled with `scored`."""
     check_inputs(logits, slots, positions, params)
     check_logprob_inputs(logits, sampled.token_ids, num_top)
-    if sampled.kept is None:
-        raise ValueError("sampled: expected what sample_triton returns, got no `kept`")
-    partial = _partial(logits, num_top)
     (rows, vocab), tiles = logits.shape, triton.cdiv(logits.shape[1], TILE)
-    p = params
-    if rows:
-        processed_tile_kernel[(rows, tiles)](
-            *(logits, slots, positions, p.scalars, p.bias, p.has_bias, p.prompt_seen),
-            *(p.output_counts, p.has_penalties, p.stop_ids, p.min_position),
-            *(sampled.kept, sampled.token_ids, *partial),
-            *(logits.stride(0), tiles, vocab, num_top),
-            num_warps=WARPS,
-            enable_fp_fusion=False,  # the sampler's bits
+    notes = sampled.notes
+    if notes is None or notes.best.shape[1] != tiles:
+        raise ValueError("sampled: expected what sample_triton returns if `scored`, got no notes")
+    partial = _partial(logits, num_top)
+    chosen, device = partial[-1], logits.device
+    groups = torch.empty(rows, tiles * GROUPS_PER_TILE, dtype=torch.int32, device=device)
+    num_groups = torch.empty(rows, dtype=torch.int32, device=device)
+    p, sizes = params, (logits.stride(0), tiles, vocab, num_top)
+    row = (
+        *(logits, slots, positions, p.scalars, p.seed, p.bias, p.has_bias, p.prompt_seen),
+        *(p.output_counts, p.has_penalties, p.stop_ids, p.min_position, notes.kept),
+    )
+    padded = triton.next_power_of_2(tiles)
+    if rows:  # without fused multiply-adds, for the sampler's bits
+        pick_kernel[(rows,)](
+            *(*row, notes.maxima, notes.best, sampled.token_ids, groups, num_groups, chosen),
+            *(*sizes, padded),
+            num_warps=pick_warps(padded),
+            enable_fp_fusion=False,
         )
-    return _finish(partial, num_top)
+        part_kernel[(rows, tiles)](
+            *(*row, notes.best, notes.mass, groups, num_groups, *partial, *sizes),
+            num_warps=PART_WARPS,
+            enable_fp_fusion=False,
+        )
+    return _merge(partial, num_top)
 
 
 def _partial(logits: Tensor, num_top: int) -> tuple[Tensor, ...]:
-    """What the tiles leave for the rows: best, sum, above, keys, chosen."""
+    """What the tiles or parts leave for the rows: best, mass, above, keys, chosen."""
     if logits.stride(1) != 1:
         raise ValueError(f"logits: expected a last stride of 1, got {logits.stride(1)}")
     rows, tiles = logits.shape[0], triton.cdiv(logits.shape[1], TILE)
 
     def of(dtype: torch.dtype, *shape: int) -> Tensor:
-        return torch.empty(rows, tiles, *shape, dtype=dtype, device=logits.device)
+        return torch.empty(rows, *shape, dtype=dtype, device=logits.device)
 
-    keys = of(torch.int64, num_top)
-    return of(torch.float32), of(torch.float32), of(torch.int32), keys, of(torch.float32)
+    masses, keys = of(torch.int64, tiles), of(torch.int64, tiles, num_top)
+    above, chosen = of(torch.int32, tiles), of(torch.float32)
+    return of(torch.float32, tiles), masses, above, keys, chosen
 
 
-def _finish(partial: tuple[Tensor, ...], num_top: int) -> RawLogprobs:
+def _merge(partial: tuple[Tensor, ...], num_top: int) -> RawLogprobs:
     (rows, tiles), device = partial[0].shape, partial[0].device
     scored = RawLogprobs(
         logprobs=torch.empty(rows, device=device),
@@ -223,7 +364,7 @@ def _finish(partial: tuple[Tensor, ...], num_top: int) -> RawLogprobs:
         top_logprobs=torch.empty(rows, num_top, device=device),
     )
     if rows:
-        logprob_row_kernel[(rows,)](
+        merge_kernel[(rows,)](
             *(*partial, scored.logprobs, scored.ranks, scored.top_ids, scored.top_logprobs),
             *(tiles, num_top, triton.next_power_of_2(tiles)),
             triton.next_power_of_2(max(1, tiles * num_top)),

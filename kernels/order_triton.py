@@ -56,8 +56,9 @@ def survives(keys, x, kept):
 
 
 @triton.jit
-def store_kept(p_kept, low, high, near, expected):
+def store_kept(p_kept, kept):
     """`kept` as i64[4], for `load_kept`."""
+    low, high, near, expected = kept
     tl.store(p_kept, low)
     tl.store(p_kept + 1, high)
     tl.store(p_kept + 2, near)

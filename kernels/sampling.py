@@ -16,8 +16,8 @@ operation, in this order (that of transformers and vLLM):
 With `temperature_last` step 7 comes after step 8, as in llama.cpp: filters see temperature 1.
 
 A row's result depends on its own logits, parameters and position alone: not on R, its index or
-its neighbours. Logprobs are of the logits before step 2 (`logprobs.py`), or of what step 9 draws
-from (`processed_logprobs.py`).
+its neighbours. Logprobs are of the logits before step 2, or of what step 9 draws from
+(`drawn_logprobs.py`).
 
 A row is not ok, and its token must not be used, when a NaN is in it or when nothing but -inf is
 left after step 5. A ban adds -inf, so a banned +inf is a NaN. Where +inf remains after step 7,
@@ -47,18 +47,26 @@ GREEDY_BELOW = 1e-5
 
 
 @dataclass
+class SweepNotes:
+    """What `sample_triton` has seen of rows of T tiles: their logprobs need no second sweep.
+
+    y are the logits that a row is scored by: the model's own if its slot asks for raw logprobs,
+    else those that are left before the filters, with the temperature. Without `scored`, T is 0.
+    """
+
+    kept: Tensor  # i64[R, 4], the survivors of the filters, see `order_triton.survives`
+    maxima: Tensor  # f32[R, T * 128], of y in groups of 32 neighbours
+    best: Tensor  # f32[R, T], of y in the tile; NaN if it holds one
+    mass: Tensor  # i64[R, T], of y in the tile, relative to its best
+
+
+@dataclass
 class SampledTokens:
     """One row per sampled token."""
 
     token_ids: Tensor  # i64[R]; 0 where not ok
     ok: Tensor  # bool[R]; False: NaN, or no token left; the row's token must not be used
-    kept: Tensor | None = None  # i64[R, 4], the survivors as `sample_triton` describes them
-
-    def row(self, i_row: int) -> "SampledTokens":
-        """One row as a batch of its own."""
-        one = slice(i_row, i_row + 1)
-        kept = None if self.kept is None else self.kept[one]
-        return SampledTokens(self.token_ids[one], self.ok[one], kept)
+    notes: SweepNotes | None = None  # of `sample_triton`
 
 
 def sample_reference(
@@ -66,11 +74,13 @@ def sample_reference(
     slots: Tensor,
     positions: Tensor,
     params: SlotSampling,
+    scored: bool = False,
 ) -> SampledTokens:
     """Sample one token a row: logits f32|bf16|f16[R, V], slots i64[R], positions i64[R].
 
-    `positions` are the absolute positions of the tokens being drawn. ValueError names what does
-    not fit.
+    `positions` are the absolute positions of the tokens being drawn. `scored` announces that
+    `drawn_logprobs` will be called for the rows; here it changes nothing. ValueError names what
+    does not fit.
     """
     check_inputs(logits, slots, positions, params)
     token_ids = torch.zeros_like(slots)

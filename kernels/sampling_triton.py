@@ -1,24 +1,29 @@
 """Sampling on the GPU: what `sampling.py` defines, in one sweep of the logits and a sparse second.
 
-Five launches, none of which waits for the host, whatever the rows ask for:
+Launches, none of which waits for the host, whatever the rows ask for:
 
     stats    row x tile   the tile's best (score, id). For a row with filters instead its best
-                          logit, the maxima of groups of 32, its mass and its moments
-    bound    row          a value below which no token can survive the filters, from the maxima
-    gather   row x tile   (value, id) of every token that reaches the bound, as one sortable key.
-                          Tiles and groups whose maximum does not reach it are not read
+                          logit, the maxima of groups of 32, its mass and its moments. For a row
+                          that will be scored, besides, the sum and the maxima for its logprobs
+    bound    row          a value below which no token can survive the filters, from the maxima,
+                          and the list of the groups that reach it
+    gather   row x part   (value, id) of every token that reaches the bound, as one sortable key,
+                          64 listed groups a program
     finish   row          no filter: the best of the tiles. Filters: the cuts among the keys, found
                           bit by bit, and the draw
-    wide     row          more than CAPACITY candidates (flat rows): `sampling_wide_triton.py`
+    then of flat rows, those with more than CAPACITY candidates:
+    count, bracket, sift, settle     `sampling_flat_triton.py`
+    exhaust                          `sampling_exhaustive_triton.py`, for thousands of equal logits
 
 Nothing of size [R, V] is written: who needs a logit again reads it again, through the same
-`scaled_logits`. Rows leave a kernel that is not for them at once, so rows without filters pay for
-the first sweep only. A tile is 4096 tokens of the vocabulary whatever the batch; tiles are combined
-by maxima, by integer sums and by sums in order, noise is a function of (seed, position, id):
-nothing depends on R or on the row.
+`scaled_logits`. Programs leave a kernel at once that is not for their row, so rows without filters
+pay for the first sweep only. A tile is 4096 tokens of the vocabulary whatever the batch; tiles are
+combined by maxima, by integer sums and by sums in order, noise is a function of (seed, position,
+id): nothing depends on R or on the row.
 
 Example: a row of 128 Ki tokens with top_k = 50 leaves 4096 group maxima, 32 tiles and, of the 50th
-greatest maximum as its bound, some 70 candidates in about as many groups: gather reads 2 % of it.
+greatest maximum as its bound, some 70 candidates in 50 groups: gather reads 1600 logits, 1.2 % of
+the row, in one program.
 
 Against the reference: exp and log are the device's own, so a draw can differ where two scores, or
 a mass and a filter's target, lie within a few units in the last place.
@@ -32,31 +37,49 @@ import triton.language as tl
 from torch import Tensor
 
 from millrace.kernels.edits_triton import (
+    LOGPROBS,
     TOP_N_SIGMA,
+    edited_logits,
     is_filtered,
+    load_logits,
     scalar,
-    scaled_logits,
     temperature_factors,
 )
 from millrace.kernels.order_triton import NO_ID
 from millrace.kernels.rng import CALLS_PER_TILE, TILE
 from millrace.kernels.rng_triton import gumbel_tile
-from millrace.kernels.sampling import SampledTokens, check_inputs
+from millrace.kernels.sampling import SampledTokens, SweepNotes, check_inputs
+from millrace.kernels.sampling_exhaustive_triton import EXHAUST_WARPS, exhaust_kernel
 from millrace.kernels.sampling_filters_triton import (
-    CAPACITY,
+    GATHER_PARTS,
     GROUP,
     GROUPS_PER_TILE,
+    KEY_ROOM,
+    LISTED_GROUPS,
+    PART_GROUPS,
     bound_kernel,
     finish_kernel,
     gather_kernel,
     mass_of,
 )
-from millrace.kernels.sampling_wide_triton import wide_kernel
-from millrace.kernels.slot_sampling import SlotSampling
+from millrace.kernels.sampling_flat_triton import (
+    BINS,
+    BLOCKS_PER_TILE,
+    SUMS,
+    bracket_kernel,
+    count_kernel,
+    settle_kernel,
+    sift_kernel,
+)
+from millrace.kernels.slot_sampling import RAW_LOGPROBS, SlotSampling
 
 MAX_VOCAB = 1 << 19
 """The group maxima of a row must fit the registers of one program."""
-STATS_WARPS, GATHER_WARPS, FINISH_WARPS, WIDE_WARPS = 8, 8, 4, 8
+FLAT_PROGRAMS = 528
+"""Programs that share the tiles of the flat rows, however many there are: a grid must be known
+before the rows are. Four for each multiprocessor of an H100."""
+STATS_WARPS, GATHER_WARPS, FINISH_WARPS = 8, 4, 4
+FLAT_WARPS, BRACKET_WARPS, SETTLE_WARPS = 8, 16, 16
 """Warps per program: what compiles for every target without a spill, and no more."""
 
 
@@ -70,6 +93,22 @@ _CALLS = tl.constexpr(CALLS_PER_TILE)
 _GROUP = tl.constexpr(GROUP)
 _GROUPS = tl.constexpr(GROUPS_PER_TILE)
 _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
+_RAW = tl.constexpr(RAW_LOGPROBS)
+
+
+@triton.jit
+def _store_maxima(x, p_maxima):
+    """Store the maxima of groups of 32 of a tile in the order of the noise; returns the tile's."""
+    groups = tl.max(tl.reshape(x, (_CALLS // _GROUP, _GROUP, 4)), axis=1)  # [CALLS / 32, 4]
+    o_group = tl.arange(0, 4)[None, :] * (_CALLS // _GROUP)
+    o_group += tl.arange(0, _CALLS // _GROUP)[:, None]
+    tl.store(p_maxima + o_group, groups)
+    return tl.max(tl.max(groups, axis=1), axis=0)
+
+
+@triton.jit
+def _mass_of_tile(x, best):
+    return tl.sum(tl.sum(mass_of(x, tl.maximum(best, _LOWEST)), axis=1), axis=0)
 
 
 @triton.jit
@@ -88,12 +127,17 @@ def stats_kernel(
     p_min_position,
     p_maxima,  # f32[R, tiles * GROUPS], written for rows with filters
     p_mass,  # i64[R, tiles], relative to the tile's maximum, likewise
+    p_least,  # f32[R, tiles], its least finite logit, likewise
     p_moments,  # f64[R, 3, tiles]: finite logits, their sum and that of squares; for top-n-sigma
     p_best,  # f32[R, tiles], the tile's best score; NaN if it holds one
     p_best_id,  # i32[R, tiles]
+    p_note_maxima,  # f32[R, tiles * GROUPS], see SweepNotes; written for rows to be scored
+    p_note_best,  # f32[R, tiles], likewise
+    p_note_mass,  # i64[R, tiles], likewise
     stride_logits,
     tiles,
     vocab,
+    SCORED: tl.constexpr,  # whether any row will be scored
 ):
     i_row, i_tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     slot, position = tl.load(p_slots + i_row), tl.load(p_positions + i_row)
@@ -102,20 +146,27 @@ def stats_kernel(
     o_vocab = (  # [CALLS, 4], the order of the noise
         i_tile * _TILE + tl.arange(0, 4)[None, :] * _CALLS + tl.arange(0, _CALLS)[:, None]
     )
-    x = scaled_logits(row, o_vocab, o_vocab < vocab)
+    raw = load_logits(row, o_vocab, o_vocab < vocab)
+    x = edited_logits(row, raw, o_vocab, o_vocab < vocab)
     has_nan = tl.max(tl.max((x != x).to(tl.int32), axis=1), axis=0)
     samples, _, after = temperature_factors(p_scalars, slot)
     o_out = i_row * tiles + i_tile
+    if SCORED:
+        kind = scalar(p_scalars, slot, LOGPROBS)
+        if kind > 0:
+            y = tl.where(kind == _RAW, raw, x * after)
+            best = _store_maxima(y, p_note_maxima + o_out * _GROUPS)
+            tl.store(p_note_mass + o_out, _mass_of_tile(y, best))
+            odd = tl.max(tl.max((y != y).to(tl.int32), axis=1), axis=0) != 0
+            tl.store(p_note_best + o_out, tl.where(odd, float("nan"), best))
     score = x
     if is_filtered(p_scalars, p_seed, slot, position):
-        groups = tl.max(tl.reshape(x, (_CALLS // _GROUP, _GROUP, 4)), axis=1)  # [CALLS / 32, 4]
-        o_group = tl.arange(0, 4)[None, :] * (_CALLS // _GROUP)
-        o_group += tl.arange(0, _CALLS // _GROUP)[:, None]
-        tl.store(p_maxima + o_out * _GROUPS + o_group, groups)
-        best = tl.maximum(tl.max(tl.max(groups, axis=1), axis=0), _LOWEST)
-        tl.store(p_mass + o_out, tl.sum(tl.sum(mass_of(x, best), axis=1), axis=0))
+        best = _store_maxima(x, p_maxima + o_out * _GROUPS)
+        tl.store(p_mass + o_out, _mass_of_tile(x, best))
+        finite = x > float("-inf")
+        least = tl.min(tl.min(tl.where(finite, x, float("inf")), axis=1), axis=0)
+        tl.store(p_least + o_out, least)
         if scalar(p_scalars, slot, TOP_N_SIGMA) > 0:
-            finite = x > float("-inf")
             wide = tl.where(finite, x, 0.0).to(tl.float64)
             p_out = p_moments + i_row * 3 * tiles + i_tile
             count = tl.sum(tl.sum(finite.to(tl.int32), axis=1), axis=0)
@@ -135,8 +186,12 @@ def sample_triton(
     slots: Tensor,
     positions: Tensor,
     params: SlotSampling,
+    scored: bool = False,
 ) -> SampledTokens:
-    """As `sample_reference`, on the device; never waits for it. Logits may have any row stride."""
+    """As `sample_reference`, on the device; never waits for it. Logits may have any row stride.
+
+    `scored` where `drawn_logprobs_triton` is to follow: the sweep then takes notes for it.
+    """
     check_inputs(logits, slots, positions, params)
     rows, vocab = logits.shape
     if vocab > MAX_VOCAB:
@@ -148,11 +203,23 @@ def sample_triton(
     sampled = SampledTokens(
         token_ids=torch.empty_like(slots),
         ok=torch.empty_like(slots, dtype=torch.bool),
-        kept=torch.empty(rows, 4, dtype=torch.int64, device=logits.device),
+        notes=_empty_notes(rows, tiles if scored else 0, logits.device),
     )
     if rows:
-        _launch(logits, slots, positions, params, scratch, sampled, tiles)
+        launch = _Launch(logits, slots, positions, params, scratch, sampled, scored)
+        launch.first_sweep()
+        launch.short_lists()
+        launch.flat_rows()
     return sampled
+
+
+def _empty_notes(rows: int, tiles: int, device: torch.device) -> SweepNotes:
+    return SweepNotes(
+        kept=torch.empty(rows, 4, dtype=torch.int64, device=device),
+        maxima=torch.empty(rows, tiles * GROUPS_PER_TILE, device=device),
+        best=torch.empty(rows, tiles, device=device),
+        mass=torch.empty(rows, tiles, dtype=torch.int64, device=device),
+    )
 
 
 @dataclass
@@ -161,78 +228,145 @@ class _Scratch:
 
     maxima: Tensor  # f32[R, tiles * GROUPS_PER_TILE]
     masses: Tensor  # i64[R, tiles]
+    least: Tensor  # f32[R, tiles]
     moments: Tensor  # f64[R, 3, tiles]
     best: Tensor  # f32[R, tiles]
     best_id: Tensor  # i32[R, tiles]
     floor: Tensor  # f32[R]
     bound: Tensor  # f32[R]
     total: Tensor  # i64[R]
+    groups: Tensor  # i32[R, LISTED_GROUPS]
+    num_groups: Tensor  # i32[R]
     count: Tensor  # i32[R]
-    keys: Tensor  # i64[R, CAPACITY]
+    keys: Tensor  # i64[R, KEY_ROOM]
+    flat: Tensor  # i32[1 + R]: how many rows are flat, and which
+    span: Tensor  # f32[R, 2]: a flat row's best logit, the width of its bins
+    bins: Tensor  # i32[R, BINS]
+    fates: Tensor  # i8[R, BINS]
+    sums: Tensor  # i64[R, SUMS]
+    certain_score: Tensor  # f32[R, tiles * BLOCKS_PER_TILE]
+    certain_id: Tensor  # i32[R, tiles * BLOCKS_PER_TILE]
+    certain_low: Tensor  # i64[R, tiles * BLOCKS_PER_TILE]
+    certain_top: Tensor  # f32[R, tiles * BLOCKS_PER_TILE]
 
     @classmethod
     def empty(cls, rows: int, tiles: int, device: torch.device) -> "_Scratch":
         def of(dtype: torch.dtype, *shape: int) -> Tensor:
             return torch.empty(rows, *shape, dtype=dtype, device=device)
 
+        blocks = tiles * BLOCKS_PER_TILE
         return cls(
             maxima=of(torch.float32, tiles * GROUPS_PER_TILE),
             masses=of(torch.int64, tiles),
+            least=of(torch.float32, tiles),
             moments=of(torch.float64, 3, tiles),
             best=of(torch.float32, tiles),
             best_id=of(torch.int32, tiles),
             floor=of(torch.float32),
             bound=of(torch.float32),
             total=of(torch.int64),
+            groups=of(torch.int32, LISTED_GROUPS),
+            num_groups=of(torch.int32),
             count=of(torch.int32),
-            keys=of(torch.int64, CAPACITY),
+            keys=of(torch.int64, KEY_ROOM),
+            flat=torch.empty(1 + rows, dtype=torch.int32, device=device),
+            span=of(torch.float32, 2),
+            bins=of(torch.int32, BINS),
+            fates=of(torch.int8, BINS),
+            sums=of(torch.int64, SUMS),
+            certain_score=of(torch.float32, blocks),
+            certain_id=of(torch.int32, blocks),
+            certain_low=of(torch.int64, blocks),
+            certain_top=of(torch.float32, blocks),
         )
 
 
-def _launch(
-    logits: Tensor,
-    slots: Tensor,
-    positions: Tensor,
-    params: SlotSampling,
-    scratch: _Scratch,
-    sampled: SampledTokens,
-    tiles: int,
-) -> None:
-    rows, vocab = logits.shape
-    p, s = params, scratch
-    asked = (slots, positions, p.scalars, p.seed)
-    tables = (
-        *(p.bias, p.has_bias, p.prompt_seen, p.output_counts, p.has_penalties),
-        *(p.stop_ids, p.min_position),
-    )
-    answer = (sampled.token_ids, sampled.ok, sampled.kept)
-    padded = triton.next_power_of_2(tiles)
-    # Without fusion x * after + noise and x - (f * c + p) round as in the reference.
-    stats_kernel[(rows, tiles)](
-        *(logits, *asked, *tables, s.maxima, s.masses, s.moments, s.best, s.best_id),
-        *(logits.stride(0), tiles, vocab),
-        num_warps=STATS_WARPS,
-        enable_fp_fusion=False,
-    )
-    bound_kernel[(rows,)](
-        *(*asked, s.maxima, s.masses, s.moments, s.best, s.floor, s.bound, s.total, s.count),
-        *(tiles, vocab, padded),
-        num_warps=bound_warps(padded),
-    )
-    gather_kernel[(rows, tiles)](
-        *(logits, *asked, *tables, s.maxima, s.best, s.bound, s.count, s.keys),
-        *(logits.stride(0), tiles, vocab),
-        num_warps=GATHER_WARPS,
-        enable_fp_fusion=False,
-    )
-    finish_kernel[(rows,)](
-        *(*asked, s.best, s.best_id, s.floor, s.total, s.count, s.keys, *answer, tiles, padded),
-        num_warps=FINISH_WARPS,
-        enable_fp_fusion=False,
-    )
-    wide_kernel[(rows,)](
-        *(logits, *asked, *tables, s.best, s.floor, s.bound, s.total, s.count, *answer),
-        *(logits.stride(0), tiles, vocab, padded),
-        num_warps=WIDE_WARPS,
-        enable_fp_fusion=False,
-    )
+class _Launch:
+    """One call's launches. Without fused multiply-adds x * after + noise and x - (f * c + p) round
+    as in the reference."""
+
+    def __init__(
+        self,
+        logits: Tensor,
+        slots: Tensor,
+        positions: Tensor,
+        params: SlotSampling,
+        scratch: _Scratch,
+        sampled: SampledTokens,
+        scored: bool,
+    ) -> None:
+        assert sampled.notes is not None, "allocated with the tokens"
+        (self.rows, vocab), p = logits.shape, params
+        self.tiles = scratch.best.shape[1]
+        self.padded = triton.next_power_of_2(self.tiles)
+        self.scratch, self.notes, self.scored = scratch, sampled.notes, scored
+        self.asked = (slots, positions, p.scalars, p.seed)
+        self.row = (
+            *(logits, *self.asked, p.bias, p.has_bias, p.prompt_seen, p.output_counts),
+            *(p.has_penalties, p.stop_ids, p.min_position),
+        )
+        self.answer, self.ok = (sampled.token_ids, self.notes.kept), sampled.ok
+        self.sizes = (logits.stride(0), self.tiles, vocab)
+
+    def first_sweep(self) -> None:
+        s, notes = self.scratch, self.notes
+        stats_kernel[(self.rows, self.tiles)](
+            *(*self.row, s.maxima, s.masses, s.least, s.moments, s.best, s.best_id),
+            *(notes.maxima, notes.best, notes.mass, *self.sizes),
+            SCORED=self.scored,
+            num_warps=STATS_WARPS,
+            enable_fp_fusion=False,
+        )
+
+    def short_lists(self) -> None:
+        s = self.scratch
+        bound_kernel[(self.rows,)](
+            *(*self.asked, s.maxima, s.masses, s.moments, s.best, s.floor, s.bound, s.total),
+            *(s.groups, s.num_groups, s.count, s.flat, *self.sizes[1:], self.padded),
+            num_warps=bound_warps(self.padded),
+        )
+        parts = min(GATHER_PARTS, self.tiles * GROUPS_PER_TILE // PART_GROUPS)
+        gather_kernel[(self.rows, parts)](
+            *(*self.row, s.bound, s.groups, s.num_groups, s.count, s.keys),
+            *(self.sizes[0], self.sizes[2]),
+            num_warps=GATHER_WARPS,
+            enable_fp_fusion=False,
+        )
+        finish_kernel[(self.rows,)](
+            *(*self.asked, s.best, s.best_id, s.least, s.floor, s.bound, s.total, s.count, s.keys),
+            *(self.ok, *self.answer, s.flat, s.span, s.bins, s.sums, self.tiles, self.padded),
+            *(BINS, SUMS),
+            num_warps=FINISH_WARPS,
+            enable_fp_fusion=False,
+        )
+
+    def flat_rows(self) -> None:
+        s, few = self.scratch, min(FLAT_PROGRAMS, self.rows * self.tiles)
+        count_kernel[(few,)](
+            *(*self.row, s.best, s.bound, s.flat, s.span, s.bins, *self.sizes),
+            num_warps=FLAT_WARPS,
+            enable_fp_fusion=False,
+        )
+        bracket_kernel[(self.rows,)](
+            *(*self.asked, s.bound, s.total, s.count, s.flat, s.span, s.bins, s.fates, s.sums),
+            num_warps=BRACKET_WARPS,
+        )
+        certain = (s.certain_score, s.certain_id, s.certain_low, s.certain_top)
+        sift_kernel[(few,)](
+            *(*self.row, s.bound, s.count, s.keys, s.flat, s.span, s.fates, s.sums, *certain),
+            *self.sizes,
+            num_warps=FLAT_WARPS,
+            enable_fp_fusion=False,
+        )
+        settle_kernel[(self.rows,)](
+            *(*self.asked, s.total, s.count, s.keys, s.flat, s.span, s.sums, *certain),
+            *(*self.answer, self.tiles, self.padded),
+            num_warps=SETTLE_WARPS,
+            enable_fp_fusion=False,
+        )
+        exhaust_kernel[(self.rows,)](
+            *(*self.row, s.bound, s.total, s.count, s.flat, s.span, *self.answer),
+            *(self.sizes[0], self.sizes[2]),
+            num_warps=EXHAUST_WARPS,
+            enable_fp_fusion=False,
+        )

@@ -19,10 +19,12 @@ NO_ID = -1
 SEED_BITS = 64
 NO_FILTERS, HEAD_FILTERS, RARE_FILTERS = 0, 1, 2
 """What a row's filters are: top-k, top-p and min-p cut a head off; the others are rare."""
+NO_LOGPROBS, RAW_LOGPROBS, PROCESSED_LOGPROBS = 0, 1, 2
+"""What a drawn token is scored by: nothing, the model's logits, or those it was drawn from."""
 SCALARS = (
     *("temperature", "top_k", "top_p", "min_p"),
     *("temperature_last", "top_n_sigma", "typical_p", "xtc_probability", "xtc_threshold"),
-    *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty", "logprobs"),
 )
 """The columns of `SlotSampling.scalars`: a kernel finds all numbers of a slot in one row."""
 
@@ -60,6 +62,7 @@ class SlotValues:
     repetition_penalty: float = 1.0  # 1 = off
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    logprobs: int = NO_LOGPROBS  # RAW_LOGPROBS or PROCESSED_LOGPROBS
     seed: int = 0  # taken modulo 2^64
     stop_ids: Sequence[int] = ()
     min_position: int = 0
@@ -81,6 +84,8 @@ class SlotValues:
         _check("repetition_penalty", penalty, 0 < penalty < inf, "finite, > 0")
         for name in ("presence_penalty", "frequency_penalty"):
             _check(name, getattr(self, name), math.isfinite(getattr(self, name)), "finite")
+        kinds = (NO_LOGPROBS, RAW_LOGPROBS, PROCESSED_LOGPROBS)
+        _check("logprobs", self.logprobs, self.logprobs in kinds, "0, 1 or 2")
         stops = len(self.stop_ids)
         _check("stop_ids", f"{stops} ids", stops <= MAX_STOP_IDS, f"at most {MAX_STOP_IDS} ids")
         for token_id, value in self.bias.items():
@@ -159,7 +164,7 @@ class SlotSampling:
     xtc_probability, xtc_threshold = _column("xtc_probability"), _column("xtc_threshold")
     repetition_penalty = _column("repetition_penalty")
     presence_penalty = _column("presence_penalty")
-    frequency_penalty = _column("frequency_penalty")
+    frequency_penalty, logprobs = _column("frequency_penalty"), _column("logprobs")
 
     @property
     def slots(self) -> int:

@@ -1,232 +1,162 @@
-"""What the scheduler costs the host, without a model; beside vLLM's where that is installed.
+"""What the scheduler costs the host, without a model; beside vLLM's and nano-vllm's.
 
-    python -m millrace.perf.scheduler_bench [--json FILE]
+    python -m millrace.perf.scheduler_bench [--json FILE] [--plots FOLDER] [--nano-path CHECKOUT]
 
-Every figure is the median over many repetitions on one core. The device is a fabricated result that
-costs nothing and is not timed. The machine's speed is in every figure: compare ratios of one run.
+The device is a fabricated answer that costs nothing and is not timed. The machine's speed is in
+every figure: compare ratios of one run, in which each figure is taken of all schedulers in turn.
+vLLM's is measured where `vllm` can be imported.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
-import time
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from statistics import median
 
-import numpy as np
-import numpy.typing as npt
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from millrace.perf.environment import environment
-from millrace.perf.peers import vllm_scheduler
-from millrace.scheduler.admission import Accepted
-from millrace.scheduler.plan import StepPlan, StepResult
-from millrace.scheduler.prefix_cache import Chain, PrefixCache
-from millrace.scheduler.request import Finish, Request
-from millrace.scheduler.scheduler import Limits, Scheduler
+from millrace.perf.peers import nano_scheduler, vllm_scheduler
+from millrace.perf.plot import Axis, line_chart
+from millrace.perf.scheduler_costs import (
+    cancel_waiting,
+    comes_or_goes,
+    index_long_prompt,
+    look_up_long_prompt,
+    prompt_comes,
+    steady_step,
+    yardstick,
+)
+from millrace.perf.scheduler_driver import MakeDriver, MillraceDriver
 
-BLOCK_SIZE = 16
-PROMPT = 512  # tokens of those that decode; less one a request, so that they cross at all steps
-OUTPUT = 3000
-CONTEXT = 4096
 RUNNING = (1, 64, 256, 1024, 4096)
-WAITING = 10_000
-STEPS, WARM_UP_STEPS = 300, 20
-LONG_PROMPT = 100_000
-GOALS_US = {
-    "step, 256 decode": 25,
-    "step, 4096 decode": 100,
-    "admit 1k tokens": 60,
-    "release 1k tokens": 60,
-    "index 100k tokens": 3000,
-    "look up 100k tokens": 300,
-}
+WAITING = (1, 10, 100, 1000, 10_000)
+PROMPTS = (256, 1024, 4096, 16_384, 65_536)
+OURS, VLLM, NANO = "Millrace", "vLLM", "nano-vllm"
+Microseconds = dict[str, dict[str, float]]  # by case and scheduler
+MICROSECONDS = Axis(1.0, 1e6, tuple(10.0**n for n in range(7)), lambda us: f"{us:,.0f} us")
 
 
 @dataclass(frozen=True, slots=True)
-class Figure:
-    """One line of the table."""
+class Case:
+    """A line of the table. `others`: the peers that can do it."""
 
     name: str
-    us: float
-    goal_us: float | None
+    measure: Callable[[MakeDriver], float]  # microseconds
+    others: tuple[str, ...] = ()
+    goal_us: float | None = None
+    goal_ratio: float | None = None  # of vLLM's time and ours
 
 
-def tokens(count: int, seed: int) -> npt.NDArray[np.int32]:
-    """A prompt unlike that of any other seed."""
-    return np.random.default_rng(seed).integers(0, 30_000, count, dtype=np.int32)
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """A plot, and its cases by what they differ in."""
+
+    name: str
+    title: str
+    x_label: str
+    cases: dict[int, Case]
 
 
-class Driver:
-    """A scheduler whose steps are answered at once with the same token for everyone."""
-
-    def __init__(self, max_running: int, num_decodes: int) -> None:
-        blocks = (num_decodes + 64) * (PROMPT + OUTPUT) // BLOCK_SIZE
-        step_tokens = max(16_384, max_running)
-        self.scheduler = Scheduler(
-            Limits(blocks, BLOCK_SIZE, max_running, step_tokens, 20_000, 10**9, CONTEXT)
+def curves() -> list[Curve]:
+    goals: dict[int, tuple[float, float]] = {256: (25.0, 100.0), 4096: (100.0, 750.0)}
+    running = {
+        n: Case(
+            f"step, {n} decode",
+            partial(steady_step, running=n),
+            (VLLM, NANO),
+            *goals.get(n, (None, None)),
         )
-        self._decodes = np.zeros(max_running, np.bool_)
-        self._decode_slots = self._decodes.nonzero()[0]
-        for index in range(num_decodes):
-            prompt = tokens(PROMPT - index % BLOCK_SIZE, seed=index)
-            self.submit(Request(index, prompt, OUTPUT))
-        while self.scheduler.num_waiting or self.scheduler._prefilling:
-            self.step()
-
-    def submit(self, request: Request) -> None:
-        decision = self.scheduler.submit(request)
-        assert isinstance(decision, Accepted), decision
-
-    def step(self) -> tuple[int, int]:
-        """Nanoseconds of schedule() and of apply()."""
-        began = time.perf_counter_ns()
-        plan = self.scheduler.schedule()
-        planned = time.perf_counter_ns()
-        assert plan is not None, "there is work"
-        result = self._result(plan)
-        answered = time.perf_counter_ns()
-        self.scheduler.apply(result)
-        return planned - began, time.perf_counter_ns() - answered
-
-    def _result(self, plan: StepPlan) -> StepResult:
-        if plan.decode_leaves or plan.decode_joins:
-            self._decodes[plan.decode_leaves] = False
-            self._decodes[plan.decode_joins] = True
-            self._decode_slots = self._decodes.nonzero()[0]
-        slots, ended = self._decode_slots, [chunk.slot for chunk in plan.prefill if chunk.samples]
-        if ended:
-            slots = np.concatenate([slots, np.array(ended, np.int64)])
-        count = len(slots)
-        none, every = np.zeros(count, np.bool_), np.ones(count, np.bool_)
-        return StepResult(plan.step, slots, np.full(count, 7), none, every)
+        for n in RUNNING
+    }
+    waiting = {
+        n: Case(
+            f"step, 256 decode, {n} wait", partial(steady_step, running=256, waiting=n), (VLLM,)
+        )
+        for n in WAITING
+    }
+    prompts = {
+        n: Case(f"a prompt of {n} comes", partial(prompt_comes, length=n), (VLLM, NANO))
+        for n in PROMPTS
+    }
+    return [
+        Curve("running", "A step in which all decode", "requests that run", running),
+        Curve("waiting", "A step of 256 decodes while others wait", "requests that wait", waiting),
+        Curve("prompt", "From submission to the first token", "tokens of the prompt", prompts),
+    ]
 
 
-def steady_step(num_decodes: int, num_waiting: int = 0) -> float:
-    """A step in which every slot is taken and decodes; crossings are a sixteenth of them."""
-    driver = Driver(num_decodes, num_decodes)
-    for index in range(num_waiting):
-        driver.submit(Request(num_decodes + index, tokens(64, seed=index), 16))
-    return _median_us(sum(driver.step()) for _ in range(WARM_UP_STEPS + STEPS))
+def other_cases() -> list[Case]:
+    comes, goes = partial(comes_or_goes, does_come=True), partial(comes_or_goes, does_come=False)
+    return [
+        Case("admit 1k tokens", comes, (VLLM,), 60.0),
+        Case("release 1k tokens", goes, (VLLM,), 60.0),
+        Case("index 100k tokens", index_long_prompt, goal_us=3000.0),
+        Case("look up 100k tokens", look_up_long_prompt, goal_us=300.0),
+        Case("yardstick: 6250 dict insertions", yardstick),
+        Case("cancel one of 100 waiting", partial(cancel_waiting, waiting=100), (VLLM,)),
+        Case("cancel one of 10000 waiting", partial(cancel_waiting, waiting=10_000), (VLLM,)),
+    ]
 
 
-def admit_and_release() -> dict[str, float]:
-    """What a step costs more in which a request of 1k tokens comes, or goes. Nothing is cached."""
-    driver = Driver(256, num_decodes=128)
-    plain, admit, release = [], [], []
-    for index in range(WARM_UP_STEPS + STEPS):
-        plain.append(sum(driver.step()))
-        request = Request(10_000 + index, tokens(1024, seed=10_000 + index), 2)
-        began = time.perf_counter_ns()
-        driver.submit(request)
-        submitted = time.perf_counter_ns() - began
-        admit.append(submitted + sum(driver.step()))
-        release.append(sum(driver.step()))  # draws its second and last token
-    step = _median_us(plain)
+def measure(cases: list[Case], peers: dict[str, MakeDriver]) -> Microseconds:
+    """Each case of ours, and right after it of the peers that can do it."""
     return {
-        "admit 1k tokens": _median_us(admit) - step,
-        "release 1k tokens": _median_us(release) - step,
+        case.name: {OURS: case.measure(MillraceDriver)}
+        | {name: case.measure(peers[name]) for name in case.others if name in peers}
+        for case in cases
     }
 
 
-def long_prompt() -> dict[str, float]:
-    """The prefix cache alone, with 6250 blocks of one prompt."""
-    prompt = tokens(LONG_PROMPT, seed=1)
-    table = np.arange(LONG_PROMPT // BLOCK_SIZE, dtype=np.int32)
-    index, look_up = [], []
-    for _ in range(WARM_UP_STEPS + 30):
-        cache = PrefixCache(BLOCK_SIZE, len(table))
-        index.append(_ns(lambda: cache.insert(prompt, table, Chain())))  # noqa: B023
-        look_up.append(_ns(lambda: cache.match(prompt)))  # noqa: B023
-        assert len(cache.match(prompt)) == len(table)
-    return {
-        "index 100k tokens": _median_us(index),
-        "look up 100k tokens": _median_us(look_up),
-        "yardstick: 6250 dict insertions": _median_us(_ns(yardstick) for _ in range(STEPS)),
-    }
+def plot(curve: Curve, found: Microseconds) -> str:
+    """Microseconds of each scheduler, as an SVG."""
+    series: dict[str, list[tuple[float, float]]] = {}
+    for x, case in curve.cases.items():
+        for name, us in found[case.name].items():
+            series.setdefault(name, []).append((x, us))
+    return line_chart(curve.title, curve.x_label, series, axis=MICROSECONDS)
 
 
-def yardstick() -> None:
-    """How fast is Python here, today?"""
-    found: dict[tuple[int, bytes], int] = {}
-    for number in range(LONG_PROMPT // BLOCK_SIZE):
-        found.setdefault((number, number.to_bytes(4 * BLOCK_SIZE)), number)
-
-
-def cancel_waiting(num_waiting: int) -> float:
-    """One of many that wait, in no order."""
-    driver = Driver(1, num_decodes=1)
-    for index in range(num_waiting):
-        driver.submit(Request(1 + index, tokens(16, seed=index), 16))
-    order = np.random.default_rng(0).permutation(num_waiting)[: num_waiting // 4] + 1
-    cancel = driver.scheduler.finish
-    return _median_us(_ns(lambda: cancel(i, Finish.CANCELLED)) for i in order.tolist())  # noqa: B023
-
-
-def measure() -> list[Figure]:
-    """Ours, in the order of the table."""
-    us = {f"step, {n} decode": steady_step(n) for n in RUNNING}
-    us[f"step, 256 decode, {WAITING} wait"] = steady_step(256, WAITING)
-    us |= admit_and_release()
-    us |= long_prompt()
-    us[f"cancel one of {WAITING // 100} waiting"] = cancel_waiting(WAITING // 100)
-    us[f"cancel one of {WAITING} waiting"] = cancel_waiting(WAITING)
-    return [Figure(name, value, GOALS_US.get(name)) for name, value in us.items()]
-
-
-def _ns(work: Callable[[], object]) -> int:
-    began = time.thread_time_ns()  # of the CPU: long enough that others would get in between
-    work()
-    return time.thread_time_ns() - began
-
-
-def _median_us(samples_ns: Iterable[int]) -> float:
-    """Median without the first ones; garbage is collected before, not meanwhile."""
-    gc.collect()
-    gc.disable()
-    try:
-        taken = list(samples_ns)
-    finally:
-        gc.enable()
-    return median(taken[min(WARM_UP_STEPS, len(taken) // 2) :]) / 1000
-
-
-def _table(figures: list[Figure], peer: dict[str, float]) -> Table:
-    table = Table("microseconds, median", box=box.SIMPLE)
-    for heading in ("Millrace", "goal", "vLLM", "vLLM / Millrace"):
-        table.add_column(heading, justify="right")
-    for figure in figures:
-        theirs = peer.get(figure.name)
-        table.add_row(
-            figure.name,
-            f"{figure.us:,.1f}",
-            "" if figure.goal_us is None else f"{figure.goal_us:,.0f}",
-            "" if theirs is None else f"{theirs:,.1f}",
-            "" if theirs is None else f"{theirs / figure.us:,.0f}",
-        )
-    return table
+def table(cases: list[Case], found: Microseconds) -> Table:
+    shown = Table("microseconds", box=box.SIMPLE)
+    for heading in (OURS, "goal", VLLM, "ratio", "goal", NANO, "ratio"):
+        shown.add_column(heading, justify="right")
+    for case in cases:
+        us = found[case.name]
+        cells = [us[OURS], case.goal_us]
+        cells += [us.get(VLLM), us[VLLM] / us[OURS] if VLLM in us else None, case.goal_ratio]
+        cells += [us.get(NANO), us[NANO] / us[OURS] if NANO in us else None]
+        shown.add_row(case.name, *("" if cell is None else f"{cell:,.1f}" for cell in cells))
+    return shown
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--json", type=Path, help="file for the figures")
+    parser.add_argument("--plots", type=Path, help="folder for the curves, as SVG")
+    parser.add_argument("--nano-path", type=Path, help="a checkout of nano-vllm")
     args = parser.parse_args()
     found_at = environment(seed=0)
-    figures = measure()
-    peer = vllm_scheduler.measure(RUNNING, PROMPT)
-    theirs = peer if isinstance(peer, dict) else {}
-    Console().print(_table(figures, theirs))
-    if isinstance(peer, str):
-        print(f"vLLM is left out: {peer}")
-    result = {"environment": found_at, "figures": [asdict(f) for f in figures], "vllm": peer}
+    loaded = {VLLM: vllm_scheduler.load(), NANO: nano_scheduler.load(args.nano_path)}
+    peers = {name: make for name, make in loaded.items() if not isinstance(make, str)}
+    left_out = {name: reason for name, reason in loaded.items() if isinstance(reason, str)}
+    drawn = curves()
+    cases = [case for curve in drawn for case in curve.cases.values()] + other_cases()
+    found = measure(cases, peers)
+    Console(width=110).print(table(cases, found))
+    for name, reason in left_out.items():
+        print(f"{name} is {reason}")
     if args.json is not None:
+        goals = {case.name: case.goal_us for case in cases if case.goal_us is not None}
+        result = {"environment": found_at, "goals_us": goals, "us": found, "left_out": left_out}
         args.json.write_text(json.dumps(result, indent=1) + "\n")
+    for curve in drawn if args.plots is not None else ():
+        (args.plots / f"scheduler-bench-{curve.name}.svg").write_text(plot(curve, found))
 
 
 if __name__ == "__main__":

@@ -52,6 +52,8 @@ class Admission:
             return Refused("the prompt is empty", "prompt", "at least 1 token")
         if request.max_tokens < 1:
             return Refused(f"max_tokens is {request.max_tokens}", "max_tokens", "at least 1")
+        if request.lookahead < 0:
+            return Refused(f"lookahead is {request.lookahead}", "lookahead", "at least 0")
         if request.max_length > longest:
             reason = f"prompt and output may be {request.max_length} tokens, more than ever fit"
             return Refused(reason, "max_tokens", f"at most {longest} tokens of prompt and output")
@@ -78,7 +80,7 @@ class Admission:
     def ended(self, now_s: float, waiting: int) -> None:
         """A request has left the system. Only while others wait does that show how fast it is."""
         if self._last_end_s is not None:
-            interval = min(now_s - self._last_end_s, MAX_RETRY_AFTER_S)
+            interval = min(max(0.0, now_s - self._last_end_s), MAX_RETRY_AFTER_S)
             weight = SMOOTHING if self._has_rate else 1.0
             self._interval_s += weight * (interval - self._interval_s)
             self._has_rate = True

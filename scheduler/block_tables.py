@@ -59,12 +59,11 @@ class BlockTables:
         `leader` runs, and may have computed the same beginning in a block of its own.
         """
         hits = self._cached_prefix(request)
-        need = self.to_begin(request.num_known) - len(hits)
-        if self._pool.num_available - self._pool.num_idle(hits) < need:
+        if not self._is_room(request, hits):
             return False
         copy = self._to_copy(plan.step, request, hits, leader)
         self._pool.share(hits)  # before taking others, which may evict
-        fresh = self._pool.take(need)
+        fresh = self._pool.take(self.to_begin(request.num_known) - len(hits))
         assert fresh is not None, "blocks were counted before they were taken"
         self._written.put(fresh, plan.step)
         blocks = np.concatenate([hits, fresh]) if len(hits) else fresh
@@ -78,6 +77,10 @@ class BlockTables:
         slot = self._slots.occupy(request, blocks, request.num_computed, chain)
         plan.append_blocks(slot, np.arange(len(blocks)), blocks)
         return True
+
+    def fits(self, request: Request) -> bool:
+        """Whether `place` would find blocks for it."""
+        return self._is_room(request, self._cached_prefix(request))
 
     def to_begin(self, num_known: int) -> int:
         """Blocks that a request needs to compute so many tokens."""
@@ -94,14 +97,14 @@ class BlockTables:
     def index(self, request: Request) -> None:
         """Put its full blocks into the prefix cache whose tokens are both known and computed."""
         slot, table = request.slot, self._slots
-        valid = table.tokens(slot)[: min(request.num_computed, self._indexed_tokens)]
+        valid = table.tokens(slot)[: min(int(table.computed[slot]), self._indexed_tokens)]
         self._cache.insert(valid, table.blocks(slot), table.chains[slot])
 
     def leave(self, request: Request) -> None:
         """Its last step is applied: what it has computed stays in the prefix cache."""
         self.index(request)
         slot, table = request.slot, self._slots
-        valid, chain = table.tokens(slot)[: request.num_computed], table.chains[slot]
+        valid, chain = table.tokens(slot)[: table.computed[slot]], table.chains[slot]
         num_full, num_left = divmod(len(valid), self._size)
         is_whole = chain.num_blocks == num_full and not chain.is_closed
         if is_whole and num_left >= self._least_copied:
@@ -112,10 +115,10 @@ class BlockTables:
     def swap_out(self, request: Request) -> None:
         """It has yielded: keep its KV on the host, if that is cheaper than computing it again."""
         if self.host.num_blocks and self.window is None:
-            blocks = self._slots.blocks(request.slot)
-            computed = blocks[: blocks_for(request.num_computed, self._size)]
+            num_tokens = int(self._slots.computed[request.slot])
+            computed = self._slots.blocks(request.slot)[: blocks_for(num_tokens, self._size)]
             first = num_shared(self._pool.refs[computed])
-            self.host.swap_out(request, computed, first, request.num_computed)
+            self.host.swap_out(request, computed, first, num_tokens)
 
     def give_back(self, request: Request) -> None:
         """All that it holds; the slot is left to the scheduler."""
@@ -152,6 +155,10 @@ class BlockTables:
         if end > self._slots.num_gone[slot] and end >= chain.num_blocks:
             self._pool.give_back(self._slots.drop_blocks(slot, end))
             self._slots.chains[slot] = Chain(chain.salt, is_closed=True)
+
+    def _is_room(self, request: Request, hits: BlockIds) -> bool:
+        need = self.to_begin(request.num_known) - len(hits)
+        return self._pool.num_available - self._pool.num_idle(hits) >= need
 
     def _to_copy(
         self, step: int, request: Request, hits: BlockIds, leader: Request | None

@@ -10,6 +10,11 @@ The tenant with the least counter is next, within a tenant the first to come. No
 no slot is kept free. Tokens computed again after a preemption are not charged: the scheduler chose
 that.
 
+A share is of little use to a tenant whose requests wait until those of another end. So a tenant
+that is next, and runs less than half of what another runs, waits for nobody: where slots or blocks
+lack, the youngest request of the tenant that runs most yields, and prompts that have begun go on
+after the newcomer's. Beyond the half there is no haste: slots come back by themselves.
+
 Being idle earns nothing: a tenant that begins to wait is lifted to the least counter of those that
 wait, or, if nobody does, of the last that did. So while two tenants both have requests waiting,
 what they are given, by weight, differs by a constant:
@@ -34,6 +39,7 @@ PROMPT_PRICE = 1.0
 OUTPUT_PRICE = 2.0  # an output token keeps a slot for a step; prompt tokens share one
 
 
+HASTE = 2.0  # times what a tenant runs, by weight: it does not wait for one that runs more
 SWEEP_AT = 64  # tenants known, before the first look for some to forget
 
 
@@ -41,11 +47,17 @@ SWEEP_AT = 64  # tenants known, before the first look for some to forget
 class _Tenant:
     serial: int  # order of coming; breaks ties
     counter: float
+    weight: float
     queue: RequestHeap = field(default_factory=RequestHeap)
     num_waiting: int = 0
     num_running: int = 0
     number: int = 0  # while it runs
     has_entry: bool = False  # in the order of those that wait
+
+    @property
+    def load(self) -> float:
+        """What it runs, by weight."""
+        return self.num_running / self.weight
 
 
 class FairShare:
@@ -62,13 +74,15 @@ class FairShare:
         self._number_of_slot = np.zeros(num_slots, np.intp)
         self._price = np.zeros(num_slots)  # of one token drawn in this slot
         self._owed = np.zeros(num_slots)  # drawn in it, and not yet on its tenant's counter
+        self._is_settled = True  # nothing is owed
+        self._spare = np.zeros(num_slots)  # by number: what it would run without one, by weight
 
     def __iter__(self) -> Iterator[Request]:
         return (request for tenant in self._tenants.values() for request in tenant.queue)
 
     def push(self, request: Request) -> None:
         self._settle()
-        tenant = self._tenant(request.tenant)
+        tenant = self._tenant(request)
         if tenant.num_waiting == 0:
             tenant.counter = max(tenant.counter, self._floor())
             if not tenant.has_entry:
@@ -93,6 +107,7 @@ class FairShare:
             tenant.number = self._free_numbers.pop()
             self._running[tenant.number] = tenant
         tenant.num_running += 1
+        self._spare[tenant.number] = (tenant.num_running - 1) / tenant.weight
         self._number_of_slot[request.slot] = tenant.number
         self._price[request.slot] = OUTPUT_PRICE / request.weight
         if request.num_preemptions == 0:
@@ -109,13 +124,15 @@ class FairShare:
         self._settle()
         tenant = self._tenants[request.tenant]
         tenant.num_running -= 1
+        self._spare[tenant.number] = max(0, tenant.num_running - 1) / tenant.weight
         self._price[request.slot] = 0.0
         if tenant.num_running == 0:
             self._running[tenant.number] = None
             self._free_numbers.append(tenant.number)
 
     def drew(self, slots: Slots) -> None:
-        self._owed[slots] += self._price[slots]
+        self._owed += np.bincount(slots, self._price[slots], len(self._owed))
+        self._is_settled = False
 
     def hopeless(self, now_s: float) -> Request | None:
         return None
@@ -135,6 +152,39 @@ class FairShare:
 
         return max(running, key=rank)
 
+    def is_pressing(self) -> bool:
+        """The next tenant runs less than half of what another runs, by weight."""
+        if not self._order:
+            return False
+        self._settle()
+        tenant = self._first()
+        return tenant is not None and bool(self._spare.max() > HASTE * tenant.load)
+
+    def makes_room(self, running: Iterable[Request]) -> Request | None:
+        """The youngest of the tenant that runs most, by weight; but of none that was given less.
+
+        Nobody yields so more than MAX_YIELDS times: what a tenant can make another lose is bounded,
+        however many short requests it sends.
+        """
+        self._settle()
+        head = self._first()
+        assert head is not None, "who is pressing waits"
+
+        def is_able(request: Request) -> bool:
+            tenant = self._tenants[request.tenant]
+            is_served_more = (tenant.counter, tenant.serial) > (head.counter, head.serial)
+            runs_more = self._spare[tenant.number] > HASTE * head.load
+            return is_served_more and runs_more and request.num_preemptions < MAX_YIELDS
+
+        able = filter(is_able, running)
+        return max(able, key=lambda r: (self._tenants[r.tenant].load, r.arrival), default=None)
+
+    def in_order(self, begun: list[Request]) -> list[Request]:
+        """Prompts of the tenants that run least go first."""
+        if len(begun) < 2:
+            return begun
+        return sorted(begun, key=lambda request: self._tenants[request.tenant].load)
+
     def counter(self, tenant: str) -> float:
         """What a tenant has been given, or would start with."""
         self._settle()
@@ -142,6 +192,9 @@ class FairShare:
 
     def _settle(self) -> None:
         """Put what was drawn on the counters."""
+        if self._is_settled:
+            return
+        self._is_settled = True
         owed = np.bincount(self._number_of_slot, weights=self._owed)
         for number in owed.nonzero()[0].tolist():
             tenant = self._running[number]
@@ -176,14 +229,17 @@ class FairShare:
         if tenant.num_waiting == 0:
             self._virtual_time = max(self._virtual_time, tenant.counter)
 
-    def _tenant(self, name: str) -> _Tenant:
-        """The state of a tenant; a new one costs a look for those that can be forgotten."""
+    def _tenant(self, request: Request) -> _Tenant:
+        """Whose request it is; a new tenant costs a look for those that can be forgotten."""
+        name = request.tenant
         tenant = self._tenants.get(name)
         if tenant is None:
             if len(self._tenants) >= self._sweep_at:
                 self._sweep()
             self._num_seen += 1
-            tenant = self._tenants[name] = _Tenant(self._num_seen, self._floor())
+            tenant = _Tenant(self._num_seen, self._floor(), request.weight)
+            self._tenants[name] = tenant
+        tenant.weight = request.weight  # the newest request's, where they differ
         return tenant
 
     def _sweep(self) -> None:

@@ -52,7 +52,7 @@ def _check_slots(scheduler: Scheduler) -> None:
     _require(slots == list(range(len(scheduler._slots.requests))), f"slots free or owned: {slots}")
     released = scheduler._released
     _require(len(set(released)) == len(released), f"released twice: {released}")
-    decoding = set(scheduler._slots.decodes.nonzero()[0].tolist())
+    decoding = set(scheduler._slots.streams().nonzero()[0].tolist())
     prefilling = set(scheduler._prefilling)
     _require(not decoding & prefilling, f"slots in two roles: {decoding & prefilling}")
     _require(decoding | prefilling <= owned, f"roles {decoding | prefilling}, owned {owned}")
@@ -102,7 +102,7 @@ def _check_closing(scheduler: Scheduler) -> None:
     for step, requests in scheduler._closing.items():
         _require(step > scheduler._applied, f"step {step} is applied, its closing requests remain")
         slots = [request.slot for request in requests]
-        is_last = all(scheduler._last_step(slot) == step for slot in slots)
+        is_last = all(scheduler._decodes.last_step(slot) == step for slot in slots)
         _require(is_last, f"slots {slots} close with step {step}, not with their last one")
     coming = sum(len(scheduler.blocks_of(request)) for request in closing)
     _require(scheduler._coming_blocks == coming, f"{coming} blocks are coming")
@@ -215,6 +215,8 @@ def _check_progress(scheduler: Scheduler, request: Request) -> None:
         _require(request.num_computed == length, f"{where}: computed {length} tokens")
         _require(length < request.num_known, f"{where}: prefills all of its tokens again")
         most = scheduler._tables.to_begin(request.num_known)
+    elif request.lookahead:
+        return _check_drafts(scheduler, request)
     else:
         end = request.max_length - 1  # the last token's KV is never computed
         is_right = (length < end) if scheduler._slots.decodes[slot] else (length == end)
@@ -223,16 +225,32 @@ def _check_progress(scheduler: Scheduler, request: Request) -> None:
         launched = scheduler._step - scheduler._applied
         _require(0 <= in_flight <= launched, f"{where}: {in_flight} tokens in flight")
         most = blocks_for(length, scheduler.limits.block_size)
-    _check_held(scheduler, request, length, most)
+    _check_held(scheduler, request, length, most, most)
 
 
-def _check_held(scheduler: Scheduler, request: Request, length: int, most: int) -> None:
+def _check_held(scheduler: Scheduler, request: Request, length: int, least: int, most: int) -> None:
     """It holds all that is read from here on, and nothing ahead."""
     window = scheduler._tables.window
     where, held = f"request {request.id}", len(scheduler.blocks_of(request))
     if window is None:
-        _require(held == most, f"{where}: {held} blocks, not {most}")
+        _require(least <= held <= most, f"{where}: {held} blocks, not {least} to {most}")
         return
     _require(held <= most, f"{where}: {held} blocks, more than {most}")
     first = int(scheduler._slots.num_gone[request.slot])
     _require(first <= window.first_needed(length), f"{where}: block {first} is needed, and gone")
+
+
+def _check_drafts(scheduler: Scheduler, request: Request) -> None:
+    """The same of one that drafts: how many of the tokens in flight it keeps is not known yet."""
+    slot, where, slots = request.slot, f"request {request.id}", scheduler._slots
+    length, end = int(slots.computed[slot]), request.max_length - 1
+    is_in_flight = any(slot in drafts[:, 0] for drafts in scheduler._drafts.values())
+    is_ready = bool(slots.speculates[slot])
+    _require(not slots.decodes[slot], f"{where}: drafts, and decodes")
+    _require(is_ready != (is_in_flight or length == end), f"{where}: {is_ready=}, {is_in_flight=}")
+    in_flight = length + 1 - len(slots.tokens(slot))
+    launched = scheduler._step - scheduler._applied
+    _require(0 <= in_flight <= launched + request.lookahead, f"{where}: {in_flight} in flight")
+    size = scheduler.limits.block_size
+    most = blocks_for(min(length + request.lookahead, end), size)
+    _check_held(scheduler, request, length, blocks_for(length, size), most)

@@ -41,6 +41,11 @@ class PrefillChunk:
 class StepPlan:
     """What one step does, as changes to the step before. Apply the fields in this order.
 
+    Decoding slots go on from step to step. `drafts` are of this step alone: compute the positions
+    [start, start + length) of a slot, that is its last token and length - 1 drafts of what may come
+    next, and keep what the model itself would have drawn: the drafts up to the first wrong one, and
+    one token more. Fewer drafts are right, too.
+
     A chunk may start behind shared blocks that another chunk of the same step fills. So in each
     layer the KV of all the step's tokens is written before any of it is read. Whole blocks are
     moved before that, in the order of the fields. Of the copies all sources are read before any
@@ -57,6 +62,7 @@ class StepPlan:
     prefill: list[PrefillChunk] = field(default_factory=list)
     decode_leaves: list[int] = field(default_factory=list)  # slots
     decode_joins: list[int] = field(default_factory=list)  # slots
+    drafts: Rows = field(default_factory=lambda: NO_ROWS)  # [d, 3]: slot, start, length
     num_decodes: int = 0  # slots that decode one token in this step
     context_tokens: int = 0  # KV that these read; counted where a cost model asks for it
 
@@ -72,12 +78,17 @@ class StepPlan:
     @property
     def num_tokens(self) -> int:
         """Tokens that the step computes."""
-        return self.num_decodes + sum(chunk.length for chunk in self.prefill)
+        drafted = int(self.drafts[:, 2].sum())
+        return self.num_decodes + drafted + sum(chunk.length for chunk in self.prefill)
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a step drew: one row for each decoding slot and each chunk with `samples`."""
+    """What a step drew: a token for each decoding slot and each chunk with `samples`.
+
+    A slot of `drafts` is there once for each token that it keeps, one to `length`, in their order
+    and one right after the other. The arrays stay as they are from here on.
+    """
 
     step: int
     slots: npt.NDArray[np.int64]  # [N]
@@ -89,5 +100,5 @@ class StepResult:
 class Drawn(NamedTuple):
     """The tokens of one step that reach their requests; those of the ended are left out."""
 
-    request_ids: npt.NDArray[np.int64]  # [n], each once
+    request_ids: npt.NDArray[np.int64]  # [n], one for each token
     token_ids: npt.NDArray[np.int64]  # [n]

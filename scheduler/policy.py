@@ -45,13 +45,22 @@ class Policy(Protocol):
         """This request has ended or yielded, and gives up its slot."""
 
     def drew(self, slots: Slots) -> None:
-        """One token for each of these slots."""
+        """A token for each of these slots; one may come several times."""
 
     def hopeless(self, now_s: float) -> Request | None:
         """A waiting request that is not worth starting any more."""
 
     def victim(self, running: Iterable[Request]) -> Request:
         """Of these (at least one), the request that yields its blocks."""
+
+    def is_pressing(self) -> bool:
+        """The head shall wait neither for a slot nor for prompts that have begun before it."""
+
+    def makes_room(self, running: Iterable[Request]) -> Request | None:
+        """Of these, the request that yields to a pressing head; None: the head has to wait."""
+
+    def in_order(self, begun: list[Request]) -> list[Request]:
+        """These have begun their prompts: in which order they go on with what a step offers."""
 
 
 class Ordered:
@@ -99,6 +108,15 @@ class Ordered:
 
     def _readiness_to_yield(self, request: Request) -> tuple[bool, float, int]:
         return request.num_preemptions < MAX_YIELDS, self.key(request), request.arrival
+
+    def is_pressing(self) -> bool:
+        return False
+
+    def makes_room(self, running: Iterable[Request]) -> Request | None:
+        return None
+
+    def in_order(self, begun: list[Request]) -> list[Request]:
+        return begun
 
 
 class FirstComeFirstServed(Ordered):

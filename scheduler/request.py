@@ -60,6 +60,7 @@ class Request:
     tenant: str = ""  # whose request it is: tenants share no cached prefixes
     weight: float = 1.0  # of the tenant, > 0: its share compared with others'
     read_cache: bool = True  # False: compute every prompt position (their logits are wanted)
+    lookahead: int = 0  # drafts of its next tokens that a step may check at once
 
     arrival: int = NEVER  # order of submission
     outputs: list[int] = field(default_factory=list)  # as of when it last left its slot

@@ -21,19 +21,23 @@ from __future__ import annotations
 from collections import defaultdict
 
 import numpy as np
-import numpy.typing as npt
 
+from millrace.scheduler import speculation
 from millrace.scheduler.admission import Accepted, Admission, Decision
 from millrace.scheduler.block_pool import BlockPool
 from millrace.scheduler.block_tables import BlockTables
 from millrace.scheduler.cost_model import CostModel
+from millrace.scheduler.decode_set import DecodeSet
 from millrace.scheduler.limits import Counters, Limits
-from millrace.scheduler.plan import Drawn, PrefillChunk, StepPlan, StepResult
+from millrace.scheduler.plan import Drawn, PrefillChunk, Rows, StepPlan, StepResult
 from millrace.scheduler.policy import FirstComeFirstServed, Policy
 from millrace.scheduler.prefix_cache import BlockIds, PrefixCache
 from millrace.scheduler.request import NO_SLOT, Finish, Request
 from millrace.scheduler.request_heap import RequestHeap
 from millrace.scheduler.slots import Slots, SlotTable
+
+NO_SLOTS: Slots = np.empty(0, np.intp)
+
 
 __all__ = ["Counters", "Limits", "Scheduler"]
 
@@ -61,12 +65,10 @@ class Scheduler:
         self._num_arrived = 0
         self._slots = SlotTable(limits.max_running, limits.longest, limits.block_size)
         self._tables = BlockTables(limits, self._slots, self.pool, self.cache, cost)
-        self._planned_decodes = self._slots.decodes.copy()  # of the newest step
-        self._num_decodes = 0  # of them
-        self._is_changed = False  # other slots decode next than in the newest step
+        self._decodes = DecodeSet(self._slots)
         self._step = 0  # newest planned step
         self._applied = 0  # newest step whose result has been taken in
-        self._drawing_last: dict[int, list[int]] = {}  # slots, by the step of their last token
+        self._drafts: dict[int, Rows] = {}  # in flight, by step
         self._closing: dict[int, list[Request]] = defaultdict(list)  # by their last step
         self._coming_blocks = 0  # held by closing requests
         self._released: list[int] = []  # slots, for the next plan
@@ -158,7 +160,8 @@ class Scheduler:
             assert did_end, "deadlines are those of live requests"
         while (request := self.policy.hopeless(now_s)) is not None:
             self.counters.shed += 1
-            self.finish(request.id, Finish.DEADLINE, now_s)
+            did_end = self.finish(request.id, Finish.DEADLINE, now_s)
+            assert did_end, "those that wait are live"
 
     def abandon(self, error: str, now_s: float = 0.0) -> None:
         """The launched steps are lost: end all that run, and trust no KV computed so far.
@@ -169,10 +172,9 @@ class Scheduler:
         for request in [request for last in self._closing.values() for request in last]:
             self._release(request)
         self._closing.clear()
-        self._drawing_last.clear()
+        self._drafts.clear()
         self._coming_blocks = 0
-        self._planned_decodes[:] = 0
-        self._num_decodes = 0
+        self._decodes.forget()
         for request in [r for r in self.requests.values() if r.slot != NO_SLOT]:
             self.finish(request.id, Finish.ERROR, now_s, error=error)
         self.pool.flush()
@@ -184,23 +186,28 @@ class Scheduler:
         """Plan the next step; None when no request can move."""
         host = self._tables.host
         plan = StepPlan(self._step + 1, released=self._released, swap_outs=host.swap_outs)
+        self._make_room()
         preemptions = self.counters.preemptions
-        self._plan_decodes(plan)
-        budget = self._prefill_budget(plan)
-        if self._prefilling:
-            for request in list(self._prefilling.values()):
-                budget -= self._plan_chunk(plan, request, budget)
-        if self.counters.preemptions == preemptions:  # admit nobody where memory has just run out
-            self._admit(plan, budget, now_s)
-        if plan.num_decodes == 0 and not plan.prefill:
-            self._is_changed = True  # the runner has not heard of it
+        stalled = self._plan_decodes(plan)
+        drafting = self._slots.drafting(stalled) if self._slots.num_lookahead else NO_SLOTS
+        budget = self._prefill_budget(plan, drafting)
+        may_admit = self.counters.preemptions == preemptions  # not where memory has just run out
+        begun = self.policy.in_order(list(self._prefilling.values())) if self._prefilling else ()
+        if may_admit and self.policy.is_pressing():
+            budget = self._admit(plan, budget, now_s, only_pressing=True)
+        for request in begun:
+            budget -= self._plan_chunk(plan, request, budget)
+        if may_admit:
+            budget = self._admit(plan, budget, now_s)
+        if len(drafting):
+            speculation.plan_drafts(self._slots, self.pool, plan, drafting, budget)
+            self._drafts[plan.step] = plan.drafts
+        if plan.num_decodes == 0 and not plan.prefill and not len(drafting):
+            self._decodes.withdraw()
             return None
         self._step = plan.step
         self._released, host.swap_outs = [], []
-        if plan.decode_leaves or plan.decode_joins:
-            self._planned_decodes[plan.decode_leaves] = 0
-            self._planned_decodes[plan.decode_joins] = 1
-        self._num_decodes = plan.num_decodes
+        self._decodes.commit(plan)
         return plan
 
     def apply(self, result: StepResult, now_s: float = 0.0) -> Drawn:
@@ -209,25 +216,43 @@ class Scheduler:
         Requests that end here also appear in `take_ended()`.
         """
         self._applied = result.step
+        drafts = self._drafts.pop(result.step, None)
+        if drafts is not None:
+            result = self._settle_drafts(drafts, result)
         slots, token_ids, stopped = result.slots, result.token_ids, result.stopped
+        failed = NO_SLOTS
         if self._closing or np.count_nonzero(result.ok) < len(slots):
             is_live = self._slots.is_live[slots]  # others ended while this step was in flight
             has_token = is_live & result.ok
-            self._fail(slots[is_live & ~result.ok], now_s)
+            failed = slots[is_live & ~result.ok]
             slots, token_ids, stopped = slots[has_token], token_ids[has_token], stopped[has_token]
-        self._slots.append(slots, token_ids)
+        if drafts is None:
+            self._slots.append(slots, token_ids)
+        else:
+            self._slots.append_runs(slots, token_ids, speculation.first_of_run(slots))
         self.policy.drew(slots)
         drawn = Drawn(self._slots.ids[slots], token_ids)
         for row in stopped.nonzero()[0].tolist():
             stop_token = int(token_ids[row])
             self.finish(int(drawn.request_ids[row]), Finish.STOP, now_s, stop_token=stop_token)
-        for slot in self._drawing_last.pop(result.step, ()):
+        if len(failed):
+            self._fail(failed, now_s)
+        for slot in self._decodes.pop_last_draws(result.step):
             if self._slots.is_live[slot]:
                 self.finish(self.request_at(slot).id, Finish.LENGTH, now_s)
         for request in self._closing.pop(result.step, ()):
             self._coming_blocks -= len(self.blocks_of(request))
             self._release(request)
         return drawn
+
+    def _settle_drafts(self, drafts: Rows, result: StepResult) -> StepResult:
+        """What of a result with drafts counts; whose drafts these were can be planned again."""
+        result = speculation.up_to_ends(result)
+        done = speculation.settle(self._slots, drafts, result)
+        for request in self._closing.get(result.step, ()):
+            self._slots.speculates[request.slot] = 0
+        self._decodes.draw_last(result.step, done.tolist())
+        return result
 
     def _fail(self, slots: Slots, now_s: float) -> None:
         error = "no token could be drawn: the logits are NaN, or no token is allowed"
@@ -236,40 +261,17 @@ class Scheduler:
 
     # ------------------------------------------------------------ parts of schedule()
 
-    def _plan_decodes(self, plan: StepPlan) -> None:
-        """One token for every decoding slot; a block first for those that begin one."""
+    def _plan_decodes(self, plan: StepPlan) -> list[int]:
+        """One token for every decoding slot; a block first for those that begin one.
+
+        Returns the slots that get no block for now. All others that stream have room for a token.
+        """
         table = self._slots
-        decodes = table.decodes
-        crossing = (table.computed + decodes > table.capacity).nonzero()[0]
-        if len(crossing) and (stalled := self._grow(plan, crossing)):
-            decodes = decodes.copy()
-            decodes[stalled] = 0
-            self._is_changed = True
-        plan.num_decodes = self._num_decodes
-        if self._is_changed:
-            self._plan_changes(plan, decodes)
-            self._is_changed = decodes is not table.decodes  # who stalls tries again
-        table.computed += decodes
-        ending = (table.computed == table.end).nonzero()[0]
-        if len(ending):
-            self._draw_last(plan, ending[decodes[ending] != 0])
-
-    def _plan_changes(self, plan: StepPlan, decodes: npt.NDArray[np.int32]) -> None:
-        """Which slots decode now that did not in the step before, and the other way round."""
-        changed = (decodes != self._planned_decodes).nonzero()[0]
-        is_join = decodes[changed] != 0
-        leaves = changed[~is_join]
-        self._slots.last_step[leaves] = self._step
-        plan.decode_leaves = leaves.tolist()
-        plan.decode_joins = changed[is_join].tolist()
-        plan.num_decodes = int(np.count_nonzero(decodes))
-
-    def _draw_last(self, plan: StepPlan, slots: Slots) -> None:
-        """These draw their last token in this step, and are not planned past it."""
-        if len(slots):
-            self._slots.decodes[slots] = 0
-            self._is_changed = True
-            self._drawing_last.setdefault(plan.step, []).extend(slots.tolist())
+        streams = table.streams() if table.num_lookahead else table.decodes
+        crossing = (table.computed + streams > table.capacity).nonzero()[0]
+        stalled = self._grow(plan, crossing) if len(crossing) else []
+        self._decodes.advance(plan, stalled)
+        return stalled
 
     def _grow(self, plan: StepPlan, crossing: Slots) -> list[int]:
         """A new block for each of these decoding slots; returns those that get none for now."""
@@ -283,12 +285,12 @@ class Scheduler:
             return []
         stalled: list[int] = []
         for slot in crossing.tolist():
-            if self._slots.decodes[slot] and not self._grow_one(plan, slot, len(stalled)):
+            if self._slots.is_stream(slot) and not self._grow_one(plan, slot, len(stalled)):
                 stalled.append(slot)
-        decodes = self._slots.decodes  # without those that were preempted meanwhile
-        plan.block_appends = plan.block_appends[decodes[plan.block_appends[:, 0]] != 0]
+        streams = self._slots.streams()  # without those that were preempted meanwhile
+        plan.block_appends = plan.block_appends[streams[plan.block_appends[:, 0]] != 0]
         # The last to yield may have brought blocks enough for some that had stalled before.
-        return [slot for slot in stalled if decodes[slot] and not self._extend(plan, slot)]
+        return [slot for slot in stalled if streams[slot] and not self._extend(plan, slot)]
 
     def _grow_one(self, plan: StepPlan, slot: int, num_stalled: int) -> bool:
         """Append a block to a decoding slot, preempting others for it; False: not in this step."""
@@ -298,7 +300,7 @@ class Scheduler:
             if self._tables.window is not None and self._in_flight(slot):
                 return False  # so may be the end of what still reads a block of its own
             self._preempt(self.policy.victim(self._running()))
-            if not self._slots.decodes[slot]:
+            if not self._slots.is_stream(slot):
                 return False  # it was the victim itself
         return True
 
@@ -312,18 +314,20 @@ class Scheduler:
 
     def _in_flight(self, slot: int) -> int:
         """Launched steps with a decoding slot, at most, whose results are not applied yet."""
-        return max(0, self._last_step(slot) - self._applied)
+        return max(0, self._decodes.last_step(slot) - self._applied)
 
-    def _prefill_budget(self, plan: StepPlan) -> int:
+    def _prefill_budget(self, plan: StepPlan, drafting: Slots) -> int:
         """Tokens left for prompts: within the step's limit, and the time that streams may wait."""
-        budget = self.limits.max_step_tokens - plan.num_decodes
+        num_streams = plan.num_decodes + len(drafting)
+        budget = self.limits.max_step_tokens - num_streams
         if self.cost is None:
             return budget
-        plan.context_tokens = int(self._slots.computed @ self._slots.decodes)
+        table = self._slots
+        plan.context_tokens = int(table.computed @ table.decodes + table.computed[drafting].sum())
         target_s = self.limits.itl_target_s
-        if target_s is None or plan.num_decodes == 0:
+        if target_s is None or num_streams == 0:
             return budget
-        return min(budget, self.cost.budget(target_s, plan.num_decodes, plan.context_tokens))
+        return min(budget, self.cost.budget(target_s, num_streams, plan.context_tokens))
 
     def _plan_chunk(self, plan: StepPlan, request: Request, budget: int) -> int:
         """The next part of a prompt, as far as the budget goes; returns its length."""
@@ -349,26 +353,45 @@ class Scheduler:
         slot, table = request.slot, self._slots
         del self._prefilling[slot]
         if table.computed[slot] == table.end[slot]:
-            self._drawing_last.setdefault(int(table.last_step[slot]), []).append(slot)
+            self._decodes.draw_last(int(table.last_step[slot]), [slot])
+        elif request.lookahead:
+            table.speculates[slot] = 1
         else:
-            table.decodes[slot] = 1
-            self._is_changed = True
+            self._decodes.join(slot)
         self._free_followers(request)
 
-    def _admit(self, plan: StepPlan, budget: int, now_s: float) -> None:
+    def _make_room(self) -> None:
+        """Someone yields, one a step, where the policy will not let its head wait for the others.
+
+        Before anything is planned: so what it holds comes back at once, unless steps are in flight.
+        """
+        if self._closing or not self.policy.is_pressing():
+            return
+        head = self.policy.head()
+        assert head is not None, "who is pressing waits"
+        if not (self._slots.free and self._tables.fits(head)):
+            victim = self.policy.makes_room(self._running())
+            if victim is not None:
+                self._preempt(victim)
+
+    def _admit(self, plan: StepPlan, budget: int, now_s: float, only_pressing: bool = False) -> int:
         """Give slots and blocks to waiting requests, in the policy's order and never past it.
 
-        A prompt that has begun takes the budget until it ends. So whoever is admitted finds all
-        that the prompts before it had in common with it: they are computed, or in this very step.
+        A prompt that has begun takes the budget until it ends, or until one of another tenant is
+        pressing. So whoever is admitted finds all that its tenant's prompts before it had in common
+        with it: they are computed, or in this very step. Returns what is left of the budget.
         """
         while budget > 0 and self._slots.free and (request := self.policy.head()) is not None:
+            if only_pressing and not (self.policy.is_pressing() and self._may_overtake(request)):
+                break
             if not self._place(plan, request):
-                return
+                break
             self.policy.pop()
             request.is_queued = False
             self._count_waiting(request, -1)
             request.scheduled_s = request.scheduled_s or now_s
             budget -= self._plan_chunk(plan, request, budget)
+        return budget
 
     def _place(self, plan: StepPlan, request: Request) -> bool:
         """Reserve a slot, and blocks for all known tokens; False: there aren't enough blocks."""
@@ -385,6 +408,10 @@ class Scheduler:
         plan.admitted.append(request)
         return True
 
+    def _may_overtake(self, request: Request) -> bool:
+        """Whether none of the begun prompts is of its own tenant: from that it may share blocks."""
+        return all(begun.tenant != request.tenant for begun in self._prefilling.values())
+
     # ------------------------------------------------------------ leaving a slot
 
     def _preempt(self, request: Request) -> None:
@@ -399,20 +426,15 @@ class Scheduler:
             return
         slot = request.slot
         request.is_closing = True
-        request.num_computed = int(self._slots.computed[slot])
-        self._slots.decodes[slot] = 0
-        self._is_changed = True
+        self._slots.speculates[slot] = 0
+        self._decodes.leave(slot)
         self._prefilling.pop(slot, None)
-        last_step = self._last_step(slot)
+        last_step = self._decodes.last_step(slot)
         if last_step > self._applied:
             self._closing[last_step].append(request)
             self._coming_blocks += len(self.blocks_of(request))
         else:
             self._release(request)
-
-    def _last_step(self, slot: int) -> int:
-        """The newest launched step with this slot."""
-        return self._step if self._planned_decodes[slot] else int(self._slots.last_step[slot])
 
     def _release(self, request: Request) -> None:
         """Slot and blocks go back; full blocks stay cached. A preempted request waits again."""

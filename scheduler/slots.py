@@ -48,6 +48,9 @@ class SlotTable:
         self.ids = np.zeros(num_slots, np.int64)  # of the requests
         self.is_live = np.zeros(num_slots, np.bool_)  # owned by a request that has not ended
         self.decodes = np.zeros(num_slots, np.int32)  # tokens that a step computes: 0 or 1
+        self.speculates = np.zeros(num_slots, np.int32)  # 1: it drafts, and no draft is in flight
+        self.lookahead = np.zeros(num_slots, np.int32)  # drafts at most
+        self.num_lookahead = 0  # slots with any
         self.computed = np.zeros(num_slots, np.int32)  # tokens whose KV is, or is being computed
         self.end = np.zeros(num_slots, np.int32)  # `computed` once the last token is drawn
         self.capacity = np.zeros(num_slots, np.int32)  # tokens that its blocks have room for
@@ -71,6 +74,8 @@ class SlotTable:
         self.requests[slot], self.chains[slot] = request, chain
         self.ids[slot] = request.id
         self.is_live[slot] = True
+        self.lookahead[slot] = request.lookahead
+        self.num_lookahead += request.lookahead > 0
         self.computed[slot] = num_computed
         self.end[slot] = request.max_length - 1  # the last token's KV is never computed
         self.capacity[slot] = len(blocks) * self.block_size
@@ -86,6 +91,7 @@ class SlotTable:
         """Its request has been released."""
         request = self.requests[slot]
         assert request is not None, f"slot {slot} is free already"
+        self.num_lookahead -= request.lookahead > 0
         request.slot = NO_SLOT
         self.requests[slot] = None
         self.is_live[slot] = False
@@ -96,6 +102,28 @@ class SlotTable:
         self._log.append((slots, token_ids.astype(np.int32)))
         if len(self._log) == LOG_STEPS:
             self._write_log()
+
+    def append_runs(self, slots: Slots, token_ids: npt.NDArray[np.int64], first: Slots) -> None:
+        """More tokens; a slot may come several times in a row, from row `first` on."""
+        self._write_log()
+        address = self._next_token[slots] + np.arange(len(slots)) - first
+        self._tokens[address] = token_ids
+        self._next_token[slots] = address + 1  # where a slot is repeated, its last row counts
+
+    def drafting(self, stalled: list[int]) -> Slots:
+        """Those that may check drafts in the next step, but for the stalled."""
+        speculates = self.speculates.copy()
+        speculates[stalled] = 0
+        slots: Slots = speculates.nonzero()[0]
+        return slots
+
+    def is_stream(self, slot: int) -> bool:
+        """Whether it can draw a token, or more, in the next step."""
+        return bool(self.decodes[slot] or self.speculates[slot])
+
+    def streams(self) -> npt.NDArray[np.int32]:
+        """1 where `is_stream`."""
+        return self.decodes + self.speculates
 
     def _write_log(self) -> None:
         """Put the drawn tokens in their rows.

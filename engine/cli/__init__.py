@@ -1,4 +1,5 @@
-"""The command line: `millrace serve | generate | chat | tokenize | bench | doctor | compile`.
+"""The command line: `millrace serve`, `generate`, `chat`, `tokenize`, `bench`, `plan`, `doctor` and
+`compile`.
 
 `millrace.engine.cli:main` is the entry point. One file a command; each imports what it runs when it
 runs, so that `--help` and a mistyped option cost no torch.

@@ -14,6 +14,7 @@ from millrace.engine.cli.chat import chat
 from millrace.engine.cli.compile import compile
 from millrace.engine.cli.doctor import doctor
 from millrace.engine.cli.generate import generate
+from millrace.engine.cli.plan import UNUSED, plan
 from millrace.engine.cli.serve import serve
 from millrace.engine.cli.settings import LISTENING, with_settings
 from millrace.engine.cli.tokenize import tokenize
@@ -47,6 +48,7 @@ app.command()(with_settings(generate, omit=LISTENING))
 app.command()(with_settings(chat, omit=LISTENING))
 app.command()(tokenize)
 app.command()(with_settings(bench, omit=LISTENING))
+app.command()(with_settings(plan, omit=LISTENING | UNUSED))
 app.command()(with_settings(doctor, omit=LISTENING))
 app.command()(with_settings(compile, omit=LISTENING))
 

@@ -18,6 +18,7 @@ from millrace.engine.core.build import resolve_placement
 from millrace.engine.errors import MillraceError
 from millrace.engine.models.registry import ModelConfig, model_config
 from millrace.engine.runner.memory import available_memory, kv_blocks
+from millrace.engine.runner.sizes import sizes_for
 from millrace.engine.weights.checkpoint import open_checkpoint
 from millrace.engine.weights.locate import resolve
 
@@ -127,10 +128,11 @@ def kv_cache(config: EngineConfig, model: ModelConfig, parameters: int) -> Check
         weights = parameters * chosen.dtype.itemsize
         blocks = max(0, blocks - weights // (token_bytes * config.block_size))
     tokens = blocks * config.block_size
+    most = sizes_for(config, chosen.device).max_running
     found = (
         f"{blocks} blocks of {config.block_size} = {tokens} tokens "
         f"({tokens * token_bytes / MIB:.0f} MiB), {tokens // CHAT_TOKENS} contexts of "
-        f"{CHAT_TOKENS} tokens, {min(config.max_running, blocks)} requests at once at most"
+        f"{CHAT_TOKENS} tokens, {min(most, blocks)} requests at once at most"
     )
     return Check("kv cache", found, blocks > 0)
 

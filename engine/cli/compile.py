@@ -15,9 +15,14 @@ TARGET = typer.Option(help="compile for this family (sm_90, ...) without such a 
 def compile(config: EngineConfig, target: Annotated[str | None, TARGET] = None) -> None:
     """Compile the kernels that this model launches on this GPU, and say where they are kept.
 
-    It starts an engine as `serve` would, which launches each kernel. With --target it compiles the
-    signatures of `python -m millrace.kernels.aot` instead: a check that all kernels compile for a
-    GPU that is not here.
+    It starts an engine as `serve` would, which launches each kernel. Triton's keys hold no GPU, no
+    driver and no path: the folder serves every machine with such a GPU, this model, these settings
+    and the same Millrace and Triton. Copy it there and name it in TRITON_CACHE_DIR.
+
+    With --target it compiles the signatures of `python -m millrace.kernels.aot` instead, for a GPU
+    that is not here: a check that all kernels compile. A launch of such a signature finds what was
+    compiled. But those are samples: launch configurations go by the device's name, and strides by
+    the model, so that a first start on that GPU still has to compile.
     """
     import torch
     import triton

@@ -74,18 +74,23 @@ class EngineCore:
                 self._answers.append(CacheFlushed(message.call, blocks))
 
     def step(self) -> list[FromCore]:
-        """Schedule, execute, apply; returns what the step has to say."""
+        """Schedule, execute, apply; returns what the step has to say.
+
+        A step that fails ends the requests that run, and no others. Raises DeviceLost where the
+        device cannot take another step: this core is of no use any more.
+        """
         began = time.monotonic()
         self.scheduler.expire(began)
         plan = self.scheduler.schedule(began)
         scheduled = time.monotonic()
         launched = self._execute(plan) if plan is not None else True
         executed = time.monotonic()
+        device_s = executed - scheduled
         if launched and len(self._launched) > (self._run_ahead if plan is not None else 0):
-            self._apply(self._launched.popleft())
-        self._count(plan, step_s=executed - scheduled)
+            device_s += self._apply(self._launched.popleft())
+        self._count(plan, device_s)
         output = self._publish()
-        self._stats.host_s = time.monotonic() - executed + scheduled - began
+        self._stats.host_s = time.monotonic() - began - device_s
         return output
 
     # ------------------------------------------------------------ the three verbs' details
@@ -98,19 +103,33 @@ class EngineCore:
         try:
             self._launched.append(self._runner.execute(plan))
         except Exception as error:
-            log.exception("step %d failed", plan.step)
-            self._launched.clear()
-            self._loads.clear()
-            self._runner.forget_decodes()
-            self.scheduler.abandon(f"the step failed: {error}", time.monotonic())
+            self._give_up(plan.step, error)
             return False
         return True
 
-    def _apply(self, launched: LaunchedStep) -> None:
-        """Wait for a step's tokens and turn them into deltas."""
-        result, logprobs = launched.result(), launched.logprobs()
+    def _give_up(self, step: int, error: Exception) -> None:
+        """End all that run, and trust nothing that was computed for them."""
+        log.error("step %d failed", step, exc_info=error)
+        self._launched.clear()
+        self._loads.clear()
+        self.scheduler.abandon(f"the step failed: {error}", time.monotonic())
+        self._runner.recover()
+
+    def _apply(self, launched: LaunchedStep) -> float:
+        """Wait for a step's tokens and turn them into deltas; returns the seconds waited.
+
+        What a device did wrong may show only here, some steps after it was launched.
+        """
+        began = time.monotonic()
+        try:
+            result, logprobs = launched.result(), launched.logprobs()
+            prompt_logprobs = launched.prompt_logprobs()
+        except Exception as error:
+            self._give_up(launched.step, error)
+            return time.monotonic() - began
+        waited_s = time.monotonic() - began
         self._measure()
-        for slot, (start, scored) in launched.prompt_logprobs().items():
+        for slot, (start, scored) in prompt_logprobs.items():
             self._report_prompt(self.scheduler.request_at(slot), start, scored)
         scores = {self.scheduler.request_at(slot).id: logprobs[slot] for slot in logprobs}
         drawn = self.scheduler.apply(result, time.monotonic())
@@ -120,6 +139,7 @@ class EngineCore:
             delta.token_ids.append(token)
             if request_id in scores:
                 delta.logprobs = [*(delta.logprobs or ()), scores[request_id]]
+        return waited_s
 
     def _measure(self) -> None:
         """Tell the cost model how long the oldest launched step took."""
@@ -195,7 +215,7 @@ class EngineCore:
         self._was_idle = self.scheduler.is_idle
         return output
 
-    def _count(self, plan: StepPlan | None, step_s: float) -> None:
+    def _count(self, plan: StepPlan | None, device_s: float) -> None:
         scheduler, totals, before = self.scheduler, self.scheduler.counters, self._counted
         self._counted = replace(totals)
         self._stats = StepStats(
@@ -212,6 +232,6 @@ class EngineCore:
             prefix_query_tokens=totals.prefix_query_tokens - before.prefix_query_tokens,
             evicted_blocks=scheduler.pool.num_evicted - self._num_evicted,
             shed=totals.shed - before.shed,
-            step_s=step_s if plan is not None else 0.0,
+            step_s=device_s,
         )
         self._num_evicted = scheduler.pool.num_evicted

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 
 from millrace.engine.config import EngineConfig
 from millrace.engine.core.build import build_core
 from millrace.engine.core.ipc import CoreChannel
 from millrace.engine.core.loop import EngineCore
 from millrace.engine.core.messages import Shutdown, StartFailed
-from millrace.engine.core.process import run_core
+from millrace.engine.core.process import DEVICE_LOST_EXIT_CODE, run_core
 from millrace.engine.core.progress import startup_progress
-from millrace.engine.errors import MillraceError
+from millrace.engine.errors import DeviceLost, MillraceError
 from millrace.engine.runner.compile_watch import warn_of_compiling
 from millrace.engine.weights.locate import resolve
 
@@ -55,9 +56,17 @@ def _loop(core: EngineCore, channel: CoreChannel) -> None:
 
 
 def main() -> None:
-    """Entry point of the process."""
+    """Entry point of the process.
+
+    Where the device is lost it ends at once: the front end ends all requests when it sees that, and
+    whoever supervises the server starts it again.
+    """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    run_core(serve)
+    try:
+        run_core(serve)
+    except DeviceLost as error:
+        log.critical("%s", error)
+        os._exit(DEVICE_LOST_EXIT_CODE)  # destructors would wait for a device that never answers
 
 
 if __name__ == "__main__":

@@ -103,8 +103,8 @@ class StepStats(msgspec.Struct, array_like=True):
     prefix_query_tokens: int = 0  # prompt tokens looked up
     evicted_blocks: int = 0  # cached ones whose room was needed
     shed: int = 0  # requests whose deadline could no longer be met: ended while they waited
-    step_s: float = 0.0  # launch to result
-    host_s: float = 0.0  # of which scheduling, applying and messages
+    step_s: float = 0.0  # launching a step, and waiting for the tokens of the oldest
+    host_s: float = 0.0  # all else of the turn: scheduling, applying, messages
 
 
 class StepOutput(msgspec.Struct, tag="step"):

@@ -29,6 +29,7 @@ CORE_COMMAND = (sys.executable, "-P", "-m", "millrace.engine.core.main")
 STDIN, STDERR = 0, 2  # file descriptors
 LAST_WORDS_S = 0.1  # after the core's exit, for what it sent to be read
 ORPHAN_EXIT_CODE = 3  # the front end has gone
+DEVICE_LOST_EXIT_CODE = 4
 SPINS = "10000"
 """How long torch's threads spin for one another before they sleep: tens of microseconds, about what
 the host needs between two operations. OpenMP's own choice is to spin for milliseconds, which on a
@@ -161,6 +162,8 @@ class CoreProcess:
 
 
 def _describe(code: int) -> str:
+    if code == DEVICE_LOST_EXIT_CODE:
+        return "lost its device, which only a new process can use again"
     if code >= 0:
         return f"exited with code {code}"
     try:

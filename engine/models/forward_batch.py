@@ -52,5 +52,5 @@ class ForwardBatch:
 
     token_ids: torch.Tensor  # i64 [T]
     positions: torch.Tensor  # i64 [T]
-    write_index: torch.Tensor  # i64 [T]: block * P + offset at which the token's K and V belong
+    write_index: torch.Tensor  # i64 [T]: block * P + offset of the token's K and V; padding: -1
     attention: AttentionBatch

@@ -31,11 +31,13 @@ from millrace.engine.runner.memory import (
     CudaProbe,
     MemoryProbe,
     kv_blocks,
+    largest_that_fits,
     measured_budget,
     room_for,
 )
 from millrace.engine.runner.request_table import RequestTable
 from millrace.engine.runner.runner import Runner
+from millrace.engine.runner.sizes import Sizes, step_sizes
 from millrace.engine.runner.worst_case import run_worst_case
 from millrace.kernels.dispatch import Operations
 
@@ -52,7 +54,17 @@ class Placement:
 log = logging.getLogger(__name__)
 
 MIB = 2**20
+CAPTURED = ("triton",)  # backends whose steps never wait for the device, as a capture demands
 MakeCalls = Callable[[DeviceStep], DecodeCalls]
+
+
+@dataclass(frozen=True, slots=True)
+class Assembled:
+    """A runner, and what came of the memory that there was."""
+
+    runner: Runner
+    num_blocks: int
+    max_step_tokens: int  # of the largest step that was run
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,16 +75,16 @@ class Assembly:
     placement: Placement
     decoder: Decoder
     max_context: int
-    run_ahead: int
+    sizes: Sizes
     make_calls: MakeCalls
 
-    def build(self) -> tuple[Runner, int]:
-        """The runner, and how many blocks its cache has for requests."""
+    def build(self) -> Assembled:
+        """The runner; NotEnoughMemory says what does not fit, and what to lower."""
         device, dtype = self.placement.device, self.placement.dtype
-        measured = None
+        measured, step_tokens = None, self.sizes.max_step_tokens
         if device.type == "cuda" and self.config.kv_cache_memory is None:
             with room_for("the largest step", self.config, device):
-                measured = self.measure(CudaProbe(device))
+                step_tokens, measured = self.measure(CudaProbe(device))
             torch.cuda.empty_cache()  # of what the trial leaves behind
         num_blocks = kv_blocks(self.config, self.decoder.config, dtype, device, measured)
         with room_for(f"a KV cache of {num_blocks} blocks", self.config, device):
@@ -81,10 +93,10 @@ class Assembly:
             calls = self.make_calls(step)
         if device.type == "cuda" and measured is None:
             with room_for("the largest step", self.config, device):  # and compiles its kernels
-                run_worst_case(step, self.copies(), self.config.max_step_tokens)
+                run_worst_case(step, self.copies(), step_tokens)
         with room_for("the memory for swapping", self.config, device):
             moves = BlockMoves(step.kv.storage, self.host_blocks())
-        return Runner(step, calls, self.copies(), moves), num_blocks
+        return Assembled(Runner(step, calls, self.copies(), moves), num_blocks, step_tokens)
 
     def host_blocks(self) -> int:
         """Blocks of host memory to swap to; with a window, too little is held to be worth it."""
@@ -93,51 +105,56 @@ class Assembly:
         block_bytes *= self.placement.dtype.itemsize
         return 0 if model.window is not None else self.config.swap_memory // block_bytes
 
-    def measure(self, probe: MemoryProbe, num_blocks: int = 1) -> int:
-        """Bytes that the cache may take, by a trial runner with a cache of so many blocks."""
+    def measure(self, probe: MemoryProbe, num_blocks: int = 1) -> tuple[int, int]:
+        """Tokens of the largest step, and the bytes that the cache may take beside it.
+
+        By a trial runner with a cache of so many blocks. Where nobody said how large a step is, it
+        shall leave room for a request of the longest context.
+        """
+        model, dtype = self.decoder.config, self.placement.dtype
         step = self.step(num_blocks)
         calls = self.make_calls(step)
-        copies, max_step_tokens = self.copies(), self.config.max_step_tokens
-        budget = measured_budget(
-            probe,
-            self.config.gpu_memory_fraction,
-            lambda: run_worst_case(step, copies, max_step_tokens),
-        )
+        copies, fraction = self.copies(), self.config.gpu_memory_fraction
+
+        def budget_of(tokens: int) -> int:
+            return measured_budget(probe, fraction, lambda: run_worst_case(step, copies, tokens))
+
+        context_bytes = self.max_context * model.kv_elements_per_token * dtype.itemsize
+        found = largest_that_fits(step_sizes(self.config, self.sizes), budget_of, context_bytes)
         del calls  # its graphs took memory until here
-        return budget
+        return found
 
     def step(self, num_blocks: int) -> DeviceStep:
         """The step over a new table and a new cache."""
         config, model, placement = self.config, self.decoder.config, self.placement
-        # One block more than the scheduler knows of: the scratch slot's.
-        shape = (num_blocks + 1, config.block_size, model.num_kv_heads, model.head_dim)
+        shape = (num_blocks, config.block_size, model.num_kv_heads, model.head_dim)
         kv = KVCache.allocate(model.num_layers, shape, placement.dtype, placement.device)
         table = RequestTable(
-            config.max_running,
+            self.sizes.max_running,
             self.max_context,
             config.block_size,
             model.vocab_size,
-            scratch_block=num_blocks,
             device=placement.device,
         )
         return DeviceStep(self.decoder, placement.operations, kv, table)
 
     def copies(self) -> Copies:
         """As deep as steps can be in flight: those ahead, and the one that is being launched."""
-        return copies_for(self.placement.device, self.run_ahead + 1)
+        return copies_for(self.placement.device, self.sizes.run_ahead + 1)
 
 
 def decode_calls(
-    device: torch.device, max_running: int, max_context: int, progress: Progress | None = None
+    placement: Placement, max_running: int, max_context: int, progress: Progress | None = None
 ) -> MakeCalls:
-    """How decode steps are called on a device: graphs on CUDA, directly elsewhere."""
+    """How decode steps are called: as graphs of our kernels on CUDA, directly elsewhere."""
+    is_captured = placement.device.type == "cuda" and placement.operations.name in CAPTURED
 
     def make(step: DeviceStep) -> DecodeCalls:
-        if device.type != "cuda":
+        if not is_captured:
             return DirectCalls(step.decode)
         sizes, lengths = ladder(max_running), contexts(max_context)
-        recorder = CudaRecorder(device)
-        graphs = Graphs(step.decode, sizes, lengths, recorder, step.addresses, progress)
+        ladders = (sizes, lengths, CudaRecorder(placement.device), step.addresses, progress)
+        graphs = Graphs(step.decode, *ladders, step.model.draw_rows)
         log.info("decode graphs take %.0f MiB", graphs.num_bytes / MIB)
         return graphs
 

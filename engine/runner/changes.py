@@ -30,7 +30,15 @@ import numpy.typing as npt
 
 from millrace.engine.core.messages import NewRequest
 from millrace.engine.runner.packed import PackedArrays
-from millrace.kernels.slot_sampling import SlotSampling, SlotValues
+from millrace.kernels.sampling import GREEDY_BELOW
+from millrace.kernels.slot_sampling import (
+    NO_FILTERS,
+    NO_LOGPROBS,
+    PROCESSED_LOGPROBS,
+    RAW_LOGPROBS,
+    SlotSampling,
+    SlotValues,
+)
 from millrace.scheduler.plan import PrefillChunk, StepPlan
 from millrace.scheduler.request import Request
 
@@ -38,6 +46,8 @@ Slots = npt.NDArray[np.int64]
 
 WIDE = ("bias", "prompt_seen", "output_counts")
 """Fields over the whole vocabulary, which are read only where a slot's `has_` flag says so."""
+
+LOGPROB_KINDS = {"raw": RAW_LOGPROBS, "processed": PROCESSED_LOGPROBS}
 
 
 class ChangePacker:
@@ -49,7 +59,14 @@ class ChangePacker:
         self._values = SlotSampling.zeros(1, vocab_size)  # one request's, checked and laid out
 
     def table_changes(self, plan: StepPlan, packed: PackedArrays) -> None:
-        """Admissions and new blocks."""
+        """Admissions and new blocks.
+
+        Raises:
+            NotImplementedError: the plan has drafts: this runner draws one token a slot.
+        """
+        if len(plan.drafts):
+            slots = plan.drafts[:, 0].tolist()
+            raise NotImplementedError(f"step {plan.step} checks drafts in slots {slots}")
         if len(plan.block_appends):
             slots, indices, blocks = plan.block_appends.T
             packed.add("block_places", slots.astype(np.int64) * self._row_blocks + indices)
@@ -111,6 +128,18 @@ class ChangePacker:
         packed.add("drawing_slots", np.concatenate([decode_slots, chunk_slots[samples]]))
 
 
+def is_plain(request: Request) -> bool:
+    """Whether a temperature is all that its draws need: no filter, no edit of the logits."""
+    settings = request.payload
+    assert isinstance(settings, NewRequest), "the engine submits NewRequests"
+    values, bans_stops = (
+        slot_values(request),
+        settings.params.min_tokens and settings.stop_token_ids,
+    )
+    filtered = values.filter_kind != NO_FILTERS and values.temperature >= GREEDY_BELOW
+    return not (filtered or values.has_bias or values.has_penalties or bans_stops)
+
+
 def slot_values(request: Request) -> SlotValues:
     """The sampler's view of a request's parameters.
 
@@ -136,6 +165,7 @@ def slot_values(request: Request) -> SlotValues:
         repetition_penalty=params.repetition_penalty,
         presence_penalty=params.presence_penalty,
         frequency_penalty=params.frequency_penalty,
+        logprobs=NO_LOGPROBS if params.logprobs is None else LOGPROB_KINDS[params.logprobs_mode],
         seed=params.seed or 0,
         bias=dict(params.logit_bias or {})
         | dict.fromkeys(params.banned_token_ids or (), -math.inf),

@@ -46,6 +46,9 @@ class Copies(Protocol):
     def fetch(self, tensor: torch.Tensor) -> Arrival:
         """Copy an i64 tensor as it is at this point of the queue; it may be overwritten after."""
 
+    def settle(self) -> None:
+        """Wait for all that is queued; raises if the device cannot do it any more."""
+
 
 @dataclass(frozen=True, slots=True)
 class Arrived:
@@ -67,6 +70,9 @@ class SharedMemory:
 
     def fetch(self, tensor: torch.Tensor) -> Arrived:
         return Arrived(tensor.clone().numpy())
+
+    def settle(self) -> None:
+        """There is no queue."""
 
 
 @dataclass(slots=True)
@@ -106,6 +112,7 @@ class PinnedCopies:
     ) -> None:
         self._device = device
         self._pin = pin
+        self._make_event = make_event
         self._rings = {
             way: [Staging(pin(MIN_BUFFER_BYTES), make_event()) for _ in range(depth)]
             for way in ("send", "fetch")
@@ -126,6 +133,11 @@ class PinnedCopies:
         place.copy_(tensor, non_blocking=True)
         staging.event.record()
         return OnItsWay(staging, tensor.shape)
+
+    def settle(self) -> None:
+        event = self._make_event()
+        event.record()
+        event.synchronize()
 
     def _take(self, way: str, num_bytes: int) -> Staging:
         """The ring's next buffer, with room for so many bytes, once its last copy is done."""

@@ -8,26 +8,24 @@ A row goes on where its slot stands: position p = computed[slot] is computed fro
 the drawn token is written to tokens[slot, p + 1], and computed moves to p + 1. A slot that has
 ended (it drew a stop token, or none could be drawn) stays where it is: it computes the same
 position into the same place again. So steps that were launched before the host knew do no harm.
+Rows that pad a batch belong to the scratch slot, and write nothing to the cache.
 
 R rows, T tokens, N rows that draw, V vocabulary, P tokens per block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from millrace.engine.models.decoder import Decoder
 from millrace.engine.models.forward_batch import ForwardBatch, KVCache
 from millrace.engine.runner.graphs import StepShape
+from millrace.engine.runner.logprobs import ScoredTokens
 from millrace.engine.runner.request_table import RequestTable, Views
 from millrace.kernels.attention import AttentionBatch
 from millrace.kernels.dispatch import Operations
-from millrace.kernels.sampling import SampledTokens
 
-Score = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, SampledTokens], None]
-"""(logits [N, V], slots [N], positions [N], the tokens drawn), called before these are recorded."""
+PADDING = -1  # in place of a row of the cache: kernels/kv_append.py writes none
 
 
 class DeviceStep:
@@ -47,8 +45,11 @@ class DeviceStep:
         )
 
     @torch.inference_mode()
-    def decode(self, shape: StepShape, score: Score | None = None) -> None:
-        """One token for each of the first `shape.rows` rows of decode_slots."""
+    def decode(self, shape: StepShape, num_top: int | None = None) -> ScoredTokens | None:
+        """One token for each of the first `shape.rows` rows of decode_slots.
+
+        With `num_top`, the tokens and their logprobs with so many alternatives, as each slot asks.
+        """
         table = self.table
         slots = table.decode_slots[: shape.rows]
         positions = table.computed[slots]
@@ -62,10 +63,10 @@ class DeviceStep:
             num_decodes=shape.rows,
         )
         hidden = self._forward(slots, positions, attention)
-        logits = self.model.logits(hidden)
         going = ~table.ended[slots]  # as of before this draw
-        self._draw(logits, slots, positions + 1, score)
+        scored = self._draw(hidden, slots, positions + 1, num_top, shape.plain)
         table.computed[slots] = positions + going
+        return scored
 
     @torch.inference_mode()
     def mixed(
@@ -74,11 +75,13 @@ class DeviceStep:
         num_decodes: int,
         max_query: int,
         max_context: int,
-        score: Score | None = None,
-    ) -> torch.Tensor:
+        num_top: int | None = None,
+        plain: bool = False,
+    ) -> tuple[torch.Tensor, ScoredTokens | None]:
         """The rows of `ChangePacker.chunk_rows`: `num_decodes` decoding ones, then the chunks.
 
-        Returns the hidden states [T, E].
+        `plain` is of the rows that draw, as in StepShape. Returns the hidden states [T, E], and
+        what `decode` returns of the rows that drew.
         """
         table, slots = self.table, rows["slots"]
         decodes, chunks = slots[:num_decodes], slots[num_decodes:]
@@ -96,12 +99,13 @@ class DeviceStep:
         hidden = self._forward(rows["token_slots"], positions, attention)
         last = rows["last_tokens"]
         going = ~table.ended[decodes]
+        scored = None
         if len(last):  # else no prompt ends here
-            logits = self.model.logits(hidden[last])
-            self._draw(logits, rows["drawing_slots"], positions[last] + 1, score)
+            to_draw = (hidden[last], rows["drawing_slots"], positions[last] + 1)
+            scored = self._draw(*to_draw, num_top, plain)
         table.computed[decodes] = decoded + going
         table.computed[chunks] = rows["ends"]
-        return hidden
+        return hidden, scored
 
     def addresses(self) -> list[int]:
         """Where every tensor lies that a decode step uses, but for weights and what it makes."""
@@ -114,26 +118,33 @@ class DeviceStep:
         """Hidden states [T, E] of the tokens at `positions` of `slots`, both [T]."""
         table = self.table
         blocks = table.block_table[slots, positions // self._block_size].long()
+        rows = blocks * self._block_size + positions % self._block_size
         batch = ForwardBatch(
             token_ids=table.tokens[slots, positions],
             positions=positions,
-            write_index=blocks * self._block_size + positions % self._block_size,
+            write_index=torch.where(slots == table.scratch_slot, PADDING, rows),
             attention=attention,
         )
         return self.model.forward(batch, self.kv)
 
     def _draw(
         self,
-        logits: torch.Tensor,
+        hidden: torch.Tensor,
         slots: torch.Tensor,
         positions: torch.Tensor,
-        score: Score | None,
-    ) -> None:
-        """Draw the tokens at `positions` [N] of `slots` [N] from logits [N, V] into the table."""
-        table = self.table
-        sampled = self.operations.sample(logits, slots, positions, table.sampling)
-        if score is not None:
-            score(logits, slots, positions, sampled)
+        num_top: int | None,
+        plain: bool,
+    ) -> ScoredTokens | None:
+        """Draw the tokens at `positions` [N] of `slots` [N] from hidden [N, E] into the table."""
+        table, scored = self.table, None
+        if plain and num_top is None and len(slots) <= self.model.draw_rows:
+            sampled = self.model.draw(hidden, slots, positions, table.sampling)
+        else:
+            inputs = (self.model.logits(hidden), slots, positions, table.sampling)
+            sampled = self.operations.sample(*inputs, scored=num_top is not None)
+            if num_top is not None:  # before the tokens count for the penalties
+                logprobs = self.operations.drawn_logprobs(*inputs, sampled, num_top)
+                scored = ScoredTokens(sampled.token_ids, logprobs)
         table.tokens[slots, positions] = sampled.token_ids
         table.sampling.record(slots, sampled.token_ids)
         stopped = (table.sampling.stop_ids[slots] == sampled.token_ids[:, None]).any(dim=1)
@@ -142,3 +153,4 @@ class DeviceStep:
         drawn[0] = sampled.token_ids
         drawn[1] = stopped
         drawn[2] = sampled.ok
+        return scored

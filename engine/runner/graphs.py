@@ -8,6 +8,7 @@ nothing and a row costs much, so `DirectCalls` has every shape and calls the ste
 
     rows up to 40                  1 2 4 8 16 24 32 40
     contexts up to 100,000         2048 8192 32768 100000
+    plain                          up to `plain_rows` rows: the last layer draws by itself
 
 All graphs share one memory pool, so they take what the largest needs: it is captured first. Each
 runs once before it is captured, which compiles kernels and makes whatever they keep. What a graph
@@ -38,6 +39,7 @@ class StepShape(NamedTuple):
 
     rows: int
     context: int  # tokens of the longest row, at most
+    plain: bool = False  # no row asks for more than a temperature, or for logprobs
 
 
 def ladder(max_running: int) -> tuple[int, ...]:
@@ -83,7 +85,7 @@ class DirectCalls:
     def fit(self, needed: StepShape) -> StepShape:
         if self._sizes is None:
             return needed
-        return StepShape(_at_least(needed.rows, self._sizes), needed.context)
+        return needed._replace(rows=_at_least(needed.rows, self._sizes))
 
     def replay(self, shape: StepShape) -> None:
         self._step(shape)
@@ -147,15 +149,18 @@ class Graphs:
         recorder: Recorder,
         addresses: Callable[[], list[int]],
         progress: Progress | None = None,
+        plain_rows: int = 0,
     ) -> None:
         """Record every pair of `sizes` and context `lengths` (both ascending), largest first.
 
-        `addresses`: of every tensor that the step uses.
+        `addresses`: of every tensor that the step uses. Shapes of up to `plain_rows` rows are
+        recorded twice, the second time as plain ones.
         """
-        self._sizes, self._lengths = sizes, lengths
+        self._sizes, self._lengths, self._plain_rows = sizes, lengths, plain_rows
         self._addresses = addresses
         self._graphs: dict[StepShape, Recorded] = {}
         shapes = [StepShape(*pair) for pair in product(reversed(sizes), reversed(lengths))]
+        shapes += [shape._replace(plain=True) for shape in shapes if shape.rows <= plain_rows]
         recorder.warm_up(partial(step, shapes[0]))
         self._recorded_at = addresses()
         free = recorder.free_bytes()
@@ -168,7 +173,8 @@ class Graphs:
 
     def fit(self, needed: StepShape) -> StepShape:
         rows = _at_least(needed.rows, self._sizes)
-        return StepShape(rows, _at_least(needed.context, self._lengths))
+        plain = needed.plain and rows <= self._plain_rows
+        return StepShape(rows, _at_least(needed.context, self._lengths), plain)
 
     def replay(self, shape: StepShape) -> None:
         assert self._addresses() == self._recorded_at, "a tensor moved under a captured graph"

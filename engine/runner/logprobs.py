@@ -1,13 +1,14 @@
 """Log-probabilities for clients: of drawn tokens, and of the tokens of a prompt.
 
 Of prompts raw, that is of the model's logits before any edit; of drawn tokens as the request asks
-(`kernels/logprobs.py` and `kernels/processed_logprobs.py` have the definitions). They are computed
-with the step and read with its tokens: scoring does not wait for the device.
+(`kernels/logprobs.py` and `kernels/drawn_logprobs.py` have the definitions). Drawn tokens are
+scored all together, from what the sampler has seen of their logits. Both are computed with the step
+and read with its tokens: scoring does not wait for the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,18 @@ class ScoredTokens:
         raw = self.raw
         columns = (self.token_ids, raw.logprobs, raw.ranks, raw.top_ids, raw.top_logprobs)
         return list(map(TokenLogprobs, *(column.tolist() for column in columns)))
+
+    def read_rows(self, asked: Mapping[int, int]) -> list[TokenLogprobs]:
+        """The entries of some tokens, by row and how many alternatives; waits for the device."""
+        rows, raw = list(asked), self.raw
+        columns = (self.token_ids, raw.logprobs, raw.ranks, raw.top_ids, raw.top_logprobs)
+        here = [column.cpu()[rows].tolist() for column in columns]
+        return [
+            TokenLogprobs(token_id, logprob, rank, ids[:num_top], logprobs[:num_top])
+            for num_top, token_id, logprob, rank, ids, logprobs in zip(
+                asked.values(), *here, strict=True
+            )
+        ]
 
 
 def score_prompt(

@@ -10,7 +10,7 @@ graphs and runs the largest step that the settings allow.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -20,6 +20,7 @@ import torch
 from millrace.engine.config import EngineConfig
 from millrace.engine.errors import InvalidRequest, NotEnoughMemory
 from millrace.engine.models.registry import ModelConfig
+from millrace.engine.runner.sizes import sizes_for
 
 CPU_TOKENS_PER_SLOT = 1024  # default on CPU: every running request may hold this much context,
 CPU_SHARE = 0.5  # within this share of the memory that is free after loading the weights
@@ -69,6 +70,24 @@ def measured_budget(probe: MemoryProbe, fraction: float, largest_step: Callable[
     return int(free - (1.0 - fraction) * total) - peak
 
 
+def largest_that_fits(
+    sizes: Sequence[int], budget_of: Callable[[int], int], wanted: int
+) -> tuple[int, int]:
+    """The first of `sizes` beside which `wanted` bytes are left for the cache, and its budget.
+
+    Else the last, whatever its budget. A size whose step runs out of memory leaves nothing; if that
+    is the last, its OutOfMemoryError is raised.
+    """
+    for size in sizes[:-1]:
+        try:
+            budget = budget_of(size)
+        except torch.OutOfMemoryError:
+            continue
+        if budget >= wanted:
+            return size, budget
+    return sizes[-1], budget_of(sizes[-1])
+
+
 def kv_blocks(
     config: EngineConfig,
     model: ModelConfig,
@@ -95,7 +114,8 @@ def kv_blocks(
         free, total = torch.cuda.mem_get_info(device)
         budget = int(free - (1.0 - config.gpu_memory_fraction) * total)
     else:
-        wanted = config.max_running * CPU_TOKENS_PER_SLOT * block_bytes // config.block_size
+        slots = sizes_for(config, device).max_running
+        wanted = slots * CPU_TOKENS_PER_SLOT * block_bytes // config.block_size
         budget = min(wanted, int(available_memory() * CPU_SHARE))
     if budget < block_bytes:
         raise NotEnoughMemory(
@@ -116,18 +136,19 @@ def room_for(what: str, config: EngineConfig, device: torch.device) -> Iterator[
         ):
             raise
         advice = what_to_lower(config, device)
-        raise NotEnoughMemory(f"{what} does not fit on {device}; {advice}") from error
+        raise NotEnoughMemory(f"no room for {what} on {device}; {advice}") from error
 
 
 def what_to_lower(config: EngineConfig, device: torch.device) -> str:
     """Advice, with the settings as they are."""
-    names = ["max_step_tokens", "max_running"]
+    sizes = sizes_for(config, device)
+    names = [f"max_step_tokens = {sizes.max_step_tokens}", f"max_running = {sizes.max_running}"]
     if config.kv_cache_memory is not None:
-        names = ["kv_cache_memory", *names]
+        names = [f"kv_cache_memory = {config.kv_cache_memory}", *names]
     elif device.type == "cuda":
-        names = ["gpu_memory_fraction (if others use the device)", *names]
-    values = (f"{name} = {getattr(config, name.partition(' ')[0])}" for name in names)
-    return "lower " + " or ".join(values) + ", or choose a smaller model or dtype"
+        others = "gpu_memory_fraction (if others use the device)"
+        names = [f"{others} = {config.gpu_memory_fraction}", *names]
+    return "lower " + " or ".join(names) + ", or choose a smaller model or dtype"
 
 
 def available_memory() -> int:

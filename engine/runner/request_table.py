@@ -5,8 +5,8 @@ advance on the device (`device_step.py`). No tensor here is ever replaced: captu
 their addresses. Rows of free slots hold whatever was there before: nothing reads them.
 
 One slot more than requests can have is the scratch slot, for the rows that pad a batch: it has
-ended, so it stands for ever at position 0 of a scratch block that nobody else reads. What it writes
-there, and what it draws, is of no account.
+ended, so it stands for ever at position 0. It owns no block: `device_step.py` writes none of its
+keys and values down, and it attends to whatever block 0 holds. What it draws is of no account.
 
 S slots (with the scratch slot), C = max_context tokens, M = blocks of a full context, V vocabulary.
 """
@@ -29,7 +29,6 @@ class RequestTable:
         max_context: int,
         block_size: int,
         vocab_size: int,
-        scratch_block: int,
         device: torch.device,
     ) -> None:
         num_slots = slots + 1
@@ -45,7 +44,6 @@ class RequestTable:
         self.sampling = SlotSampling.zeros(num_slots, vocab_size, device)
         self.scratch_slot = slots
         self.ended[slots] = True
-        self.block_table[slots] = scratch_block
         # Of a step: the decoding slots, padded with the scratch slot, and what was drawn.
         self.decode_slots = zeros(torch.int64, slots).fill_(slots)  # [max_rows]
         self.drawn = zeros(torch.int64, 3, slots)  # token id, stopped, ok

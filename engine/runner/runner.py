@@ -16,19 +16,17 @@ import numpy as np
 import torch
 
 from millrace.engine.core.messages import NewRequest, TokenLogprobs
+from millrace.engine.errors import DeviceLost
 from millrace.engine.runner.block_moves import BlockMoves
-from millrace.engine.runner.changes import ChangePacker, Slots
+from millrace.engine.runner.changes import ChangePacker, Slots, is_plain
 from millrace.engine.runner.copies import Arrival, Copies
-from millrace.engine.runner.device_step import DeviceStep, Score
+from millrace.engine.runner.device_step import DeviceStep
 from millrace.engine.runner.graphs import DecodeCalls, StepShape
 from millrace.engine.runner.logprobs import ScoredTokens, score_prompt
 from millrace.engine.runner.packed import PackedArrays
 from millrace.engine.runner.request_table import Views
-from millrace.kernels.sampling import SampledTokens
 from millrace.scheduler.plan import PrefillChunk, StepPlan, StepResult
 from millrace.scheduler.request import Request
-
-Scored = dict[int, ScoredTokens]
 
 
 @dataclass(slots=True)
@@ -38,8 +36,10 @@ class LaunchedStep:
     step: int
     slots: Slots  # [N], of the rows that drew a token
     drawn: Arrival  # i64 [3, max_rows]: token id, stopped, ok; the first N columns
-    scored: Scored = field(default_factory=dict)
-    """slot -> its token with its logprobs, where asked for"""
+    scored: ScoredTokens | None = None
+    """the N tokens with their logprobs, if anybody asked for some"""
+    asked: dict[int, int] = field(default_factory=dict)
+    """row of `scored` -> alternatives wanted"""
     prompts: dict[int, tuple[int, list[ScoredTokens]]] = field(default_factory=dict)
     """slot -> (first position scored, that position on)"""
 
@@ -50,7 +50,10 @@ class LaunchedStep:
 
     def logprobs(self) -> dict[int, TokenLogprobs]:
         """Of the drawn tokens, by slot, where asked for."""
-        return {slot: scored.read()[0] for slot, scored in self.scored.items()}
+        if self.scored is None:
+            return {}
+        slots = self.slots[list(self.asked)].tolist()
+        return dict(zip(slots, self.scored.read_rows(self.asked), strict=True))
 
     def prompt_logprobs(self) -> dict[int, tuple[int, list[TokenLogprobs]]]:
         """By slot, where asked for: the first position scored, and the scores from there on."""
@@ -79,8 +82,8 @@ class Runner:
         self._decodes = np.zeros(num_slots, np.bool_)
         self._decode_slots = np.zeros(0, np.int64)  # the same as indices, in ascending order
         self._length = np.zeros(num_slots, np.int64)  # tokens computed, at most
+        self._plain = np.zeros(num_slots, np.bool_)  # draws by temperature alone
         self._num_top: dict[int, int] = {}  # slot -> output logprobs wanted
-        self._processed: set[int] = set()  # the slots among them that want processed ones
         self._prompt_top: dict[int, tuple[int, int]] = {}  # slot -> (prompt length, alternatives)
 
     @torch.inference_mode()
@@ -89,16 +92,16 @@ class Runner:
         rows = self._tell(plan)
         self.moves.run(plan, rows)
         self._length[self._decode_slots] += 1
-        scored: Scored = {}
         if not plan.prefill:
-            self._decode(self._scorer(self._decode_slots, scored))
-            return self._launched(plan, self._decode_slots, scored)
+            asked = self._asked(self._decode_slots)
+            return self._launched(plan, self._decode_slots, self._decode(asked), asked)
         for chunk in plan.prefill:
             self._length[chunk.slot] = chunk.start + chunk.length
         drawing = [chunk.slot for chunk in plan.prefill if chunk.samples]
         slots = np.concatenate([self._decode_slots, np.array(drawing, np.int64)])
-        hidden = self._mixed(rows, plan.prefill, self._scorer(slots, scored))
-        launched = self._launched(plan, slots, scored)
+        asked = self._asked(slots)
+        hidden, scored = self._mixed(rows, plan.prefill, asked)
+        launched = self._launched(plan, slots, scored, asked)
         end = len(self._decode_slots)
         for chunk in plan.prefill:
             start, end = end, end + chunk.length
@@ -107,10 +110,21 @@ class Runner:
                 launched.prompts[chunk.slot] = (chunk.start + 1, prompt)
         return launched
 
-    def forget_decodes(self) -> None:
-        """No slot decodes any more: the scheduler has abandoned the launched steps."""
+    def recover(self) -> None:
+        """A step failed, and the scheduler has ended all that ran: no slot means anything now.
+
+        What is left in the table is overwritten when a request comes to its slot. A kernel that
+        faults takes the whole CUDA context with it: then the device answers this process never
+        again, and DeviceLost is raised.
+        """
         self._decodes[:] = False
         self._decode_slots = np.zeros(0, np.int64)
+        self._num_top.clear()
+        self._prompt_top.clear()
+        try:
+            self._copies.settle()
+        except Exception as error:
+            raise DeviceLost(f"the device is lost to this process: {error}") from error
 
     # ------------------------------------------------------------ what the device must be told
 
@@ -118,9 +132,9 @@ class Runner:
         """Send what changed, if anything did; returns the arrays as they are on the device."""
         for slot in plan.released:
             self._num_top.pop(slot, None)
-            self._processed.discard(slot)
             self._prompt_top.pop(slot, None)
         for request in plan.admitted:
+            self._plain[request.slot] = is_plain(request)
             self._note_logprobs(request)
         packed = PackedArrays()
         self._packer.table_changes(plan, packed)
@@ -145,63 +159,49 @@ class Runner:
         params = request.payload.params
         if params.logprobs is not None:
             self._num_top[request.slot] = params.logprobs
-            if params.logprobs_mode == "processed":
-                self._processed.add(request.slot)
         if params.prompt_logprobs is not None:
             self._prompt_top[request.slot] = (len(request.prompt), params.prompt_logprobs)
 
     # ------------------------------------------------------------ launching
 
-    def _decode(self, score: Score | None) -> None:
+    def _decode(self, asked: dict[int, int]) -> ScoredTokens | None:
         """One token for each decoding slot."""
         slots = self._decode_slots
-        shape = self._calls.fit(StepShape(len(slots), int(self._length[slots].max())))
-        if score is None:
-            self._calls.replay(shape)
-        else:  # a graph keeps its logits to itself
-            self._step.decode(shape, score)
+        plain = not asked and bool(self._plain[slots].all())
+        shape = self._calls.fit(StepShape(len(slots), int(self._length[slots].max()), plain))
+        if asked:  # graphs are recorded without logprobs
+            return self._step.decode(shape, max(asked.values()))
+        self._calls.replay(shape)
+        return None
 
-    def _mixed(self, rows: Views, prefill: list[PrefillChunk], score: Score | None) -> torch.Tensor:
+    def _mixed(
+        self, rows: Views, prefill: list[PrefillChunk], asked: dict[int, int]
+    ) -> tuple[torch.Tensor, ScoredTokens | None]:
         slots = [*self._decode_slots.tolist(), *(chunk.slot for chunk in prefill)]
         return self._step.mixed(
             rows,
             num_decodes=len(self._decode_slots),
             max_query=max(chunk.length for chunk in prefill),
             max_context=int(self._length[slots].max()),
-            score=score,
+            num_top=max(asked.values(), default=None),
+            plain=bool(self._plain[slots].all()),
         )
 
-    def _launched(self, plan: StepPlan, slots: Slots, scored: Scored) -> LaunchedStep:
+    def _launched(
+        self, plan: StepPlan, slots: Slots, scored: ScoredTokens | None, asked: dict[int, int]
+    ) -> LaunchedStep:
         """Send the drawn tokens on their way."""
         drawn = self._table.drawn  # fetched whole: a part would be gathered on the device first
-        return LaunchedStep(plan.step, slots, self._copies.fetch(drawn), scored)
+        return LaunchedStep(plan.step, slots, self._copies.fetch(drawn), scored, asked)
 
     # ------------------------------------------------------------ scores
 
-    def _scorer(self, host_slots: Slots, scored: Scored) -> Score | None:
-        """Fills `scored` when the step draws; None where nobody asked for logprobs."""
-        asked = [(row, s) for row, s in enumerate(host_slots.tolist()) if s in self._num_top]
-        if not asked:
-            return None
-
-        def score(
-            logits: torch.Tensor,
-            slots: torch.Tensor,
-            positions: torch.Tensor,
-            sampled: SampledTokens,
-        ) -> None:
-            for row, slot in asked:  # a row at a time: only who asks pays
-                one, drawn, num_top = slice(row, row + 1), sampled.row(row), self._num_top[slot]
-                if slot in self._processed:
-                    logprobs = self._operations.processed_logprobs(
-                        *(logits[one], slots[one], positions[one], self._table.sampling),
-                        *(drawn, num_top),
-                    )
-                else:
-                    logprobs = self._operations.raw_logprobs(logits[one], drawn.token_ids, num_top)
-                scored[slot] = ScoredTokens(drawn.token_ids, logprobs)
-
-        return score
+    def _asked(self, slots: Slots) -> dict[int, int]:
+        """Of the rows that will draw, those that want logprobs: row -> alternatives wanted."""
+        if not self._num_top:
+            return {}
+        rows = enumerate(slots.tolist())
+        return {row: self._num_top[slot] for row, slot in rows if slot in self._num_top}
 
     def _score_prompt(self, chunk: PrefillChunk, hidden: torch.Tensor) -> list[ScoredTokens]:
         """Scores of the prompt tokens that follow the chunk's positions."""

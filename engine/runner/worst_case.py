@@ -16,8 +16,12 @@ from millrace.engine.runner.copies import Copies
 from millrace.engine.runner.device_step import DeviceStep
 from millrace.engine.runner.packed import PackedArrays
 from millrace.engine.runner.request_table import RequestTable
-from millrace.kernels.sampling import SampledTokens
-from millrace.kernels.slot_sampling import HEAD_FILTERS, NO_FILTERS
+from millrace.kernels.slot_sampling import (
+    HEAD_FILTERS,
+    NO_FILTERS,
+    NO_LOGPROBS,
+    RAW_LOGPROBS,
+)
 from millrace.scheduler.plan import PrefillChunk
 
 LOGPROBS = 5
@@ -35,20 +39,15 @@ def run_worst_case(step: DeviceStep, copies: Copies, max_step_tokens: int) -> No
     packed = PackedArrays()
     packer.chunk_rows(decodes, chunks, packed)
     rows = packed.views(copies.send(packed))
-    num_blocks = step.num_blocks - 1  # without the scratch block
-    every_block = torch.arange(table.block_table.shape[1], dtype=torch.int32) % num_blocks
+    every_block = torch.arange(table.block_table.shape[1], dtype=torch.int32) % step.num_blocks
     table.block_table[: table.scratch_slot] = every_block.to(table.block_table.device)
     longest = max((chunk.length for chunk in chunks), default=1)
     _set(table, max_context - 1, TEMPERATURE, TOP_K, TOP_P, MIN_P, PENALTY)
-
-    def score(
-        logits: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor, sampled: SampledTokens
-    ) -> None:
-        step.operations.raw_logprobs(logits, sampled.token_ids, LOGPROBS)
-
-    step.mixed(rows, len(decodes), longest, max_context, score)
+    table.sampling.logprobs[: table.scratch_slot] = RAW_LOGPROBS
+    step.mixed(rows, len(decodes), longest, max_context, LOGPROBS)
     copies.fetch(table.drawn).wait()
     _set(table, 0, 0.0, 0, 1.0, 0.0, 1.0)
+    table.sampling.logprobs[: table.scratch_slot] = NO_LOGPROBS
     table.ended[: table.scratch_slot] = False
 
 

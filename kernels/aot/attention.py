@@ -19,7 +19,7 @@ TYPES = {  # of the arguments that are not *fp32
     "softcap_log2": "fp32",
     "num_decodes": "i32",
     "num_rows": "i32",
-    "num_splits": "i32",
+    "capacity": "i32",
     "stride_q_token": "i32",
     "stride_q_head": "i32",
     "stride_table": "i32",

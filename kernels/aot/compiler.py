@@ -77,12 +77,11 @@ def compile_spec(spec: KernelSpec, target: Target) -> CompiledKernel:
     if missing:
         raise ValueError(f"{spec.name}: no type for {', '.join(missing)}")
     types = {n: "constexpr" if n in spec.constants else spec.types[n] for n in names}
-    aligned = [n for n in names if types[n].startswith("*") or n in spec.aligned]
     source = ASTSource(
         spec.kernel,
         types,
         constexprs={(names.index(n),): value for n, value in spec.constants.items() if n in names},
-        attrs={(names.index(n),): ALIGNED for n in aligned},
+        attrs=_attributes(spec, types),
     )
     options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
     compiled = triton.compile(source, target=target.gpu, options=options)
@@ -96,6 +95,21 @@ def compile_spec(spec: KernelSpec, target: Target) -> CompiledKernel:
     registers = int(re.findall(r"Used (\d+) registers", report)[0])
     spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", report))
     return CompiledKernel(registers, spills, shared, compiled.asm["ptx"])
+
+
+def _attributes(spec: KernelSpec, types: Mapping[str, str]) -> dict[tuple[int], list[list[Any]]]:
+    """What is known of each argument, spelt as a launch spells it: it is part of the cache's key.
+
+    So a launch with this signature on such a GPU finds what was compiled here.
+    """
+    found = {}
+    for i_argument, param in enumerate(spec.kernel.params):
+        kind = types[param.name]
+        if kind.startswith("*") or param.name in spec.aligned:
+            found[(i_argument,)] = ALIGNED
+        elif kind == "constexpr" or (kind.startswith("i") and not param.do_not_specialize):
+            found[(i_argument,)] = []
+    return found
 
 
 def _number(text: str, name: str) -> int:

@@ -5,9 +5,10 @@ from typing import Any
 
 from millrace.kernels import (
     logprobs_triton,
+    sampling_exhaustive_triton,
     sampling_filters_triton,
+    sampling_flat_triton,
     sampling_triton,
-    sampling_wide_triton,
 )
 from millrace.kernels.aot.compiler import KernelSpec
 
@@ -25,7 +26,16 @@ TYPES = {  # of the arguments that are not *fp32
     "p_mass": "*i64",
     "p_moments": "*fp64",
     "p_best_id": "*i32",
+    "p_note_mass": "*i64",
     "p_total": "*i64",
+    "p_groups": "*i32",
+    "p_num_groups": "*i32",
+    "p_flat": "*i32",
+    "p_bins": "*i32",
+    "p_fates": "*i8",
+    "p_sums": "*i64",
+    "p_certain_id": "*i32",
+    "p_certain_low": "*i64",
     "p_count": "*i32",
     "p_keys": "*i64",
     "p_token_ids": "*i64",
@@ -48,26 +58,31 @@ def _spec(name: str, kernel: Any, num_warps: int, **constants: Any) -> KernelSpe
 
 def _specs(prefix: str, tiles: int, keys: int) -> tuple[KernelSpec, ...]:
     """The kernels of a row of `tiles` tiles, a power of two, and 1 is specialised."""
-    sampling, filters, logprobs = sampling_triton, sampling_filters_triton, logprobs_triton
-    wide = sampling_wide_triton
+    sampling, filters, flat = sampling_triton, sampling_filters_triton, sampling_flat_triton
+    logprobs, last = logprobs_triton, sampling_exhaustive_triton
     one = {"tiles": 1} if tiles == 1 else {}
     padded = {"TILES": tiles} | one
-    warps = sampling.bound_warps(tiles)
-    return (
-        _spec(f"{prefix} stats", sampling.stats_kernel, sampling.STATS_WARPS, **one),
-        _spec(f"{prefix} bound", filters.bound_kernel, warps, **padded),
-        _spec(f"{prefix} gather", filters.gather_kernel, sampling.GATHER_WARPS, **one),
-        _spec(f"{prefix} finish", filters.finish_kernel, sampling.FINISH_WARPS, **padded),
-        _spec(f"{prefix} wide", wide.wide_kernel, sampling.WIDE_WARPS, **padded),
-        _spec(f"{prefix} raw tile", logprobs.raw_tile_kernel, logprobs.WARPS, **one),
-        _spec(f"{prefix} processed tile", logprobs.processed_tile_kernel, logprobs.WARPS, **one),
-        _spec(
-            f"{prefix} logprob row",
-            logprobs.logprob_row_kernel,
-            logprobs.WARPS,
-            KEYS=keys,
-            **padded,
-        ),
+    sizes = {"BINS": flat.BINS, "SUMS": flat.SUMS}
+    kernels = (
+        ("stats", sampling.stats_kernel, sampling.STATS_WARPS, {"SCORED": False} | one),
+        ("stats, scored", sampling.stats_kernel, sampling.STATS_WARPS, {"SCORED": True} | one),
+        ("bound", filters.bound_kernel, sampling.bound_warps(tiles), padded),
+        ("gather", filters.gather_kernel, sampling.GATHER_WARPS, {}),
+        ("finish", filters.finish_kernel, sampling.FINISH_WARPS, sizes | padded),
+        ("count", flat.count_kernel, sampling.FLAT_WARPS, one),
+        ("bracket", flat.bracket_kernel, sampling.BRACKET_WARPS, {}),
+        ("sift", flat.sift_kernel, sampling.FLAT_WARPS, one),
+        ("settle", flat.settle_kernel, sampling.SETTLE_WARPS, padded),
+        ("exhaust", last.exhaust_kernel, last.EXHAUST_WARPS, {}),
+        ("raw tile", logprobs.raw_tile_kernel, logprobs.WARPS, one),
+        ("pick", logprobs.pick_kernel, logprobs.pick_warps(tiles), padded),
+        ("part", logprobs.part_kernel, logprobs.PART_WARPS, one),
+        ("merge", logprobs.merge_kernel, logprobs.WARPS, {"KEYS": keys} | padded),
+    )
+    return tuple(
+        _spec(f"{prefix} {name}", kernel, warps, **constants)
+        for name, kernel, warps, constants in kernels
+        if tiles > 1 or "tiles" in constants  # else nothing is specialised
     )
 
 

@@ -31,6 +31,7 @@ from millrace.perf.random_model import SMALL, TINY, RandomCheckpoint
 
 TOLERANCE = 0.25  # two units in the last place of a bf16 logit between 16 and 32
 SMALL_STD = 0.06  # of the random weights: logits spread by about 1.4, far more than bf16 rounds
+MAX_RUNNING = 32  # graphs are captured for no more
 TEXT = Path(__file__).parents[1] / "bench.py"  # real text that is wherever this file is
 
 
@@ -95,6 +96,7 @@ def generate(
 ) -> list[tuple[list[int], list[Any]]]:
     """Each prompt's greedy tokens, and their logprobs if `logprobs` asks for so many."""
     settings: dict[str, Any] = {"device": device, "dtype": dtype, "max_context": 512}
+    settings["max_running"] = MAX_RUNNING
     core, _ = core_of(EngineConfig(**settings), task.checkpoint, "model")
     found: list[tuple[list[int], list[Any]]] = [([], []) for _ in task.prompts]
     for index, prompt in enumerate(task.prompts):

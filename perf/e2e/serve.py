@@ -35,6 +35,7 @@ from millrace.v1.inference_pb2_grpc import InferenceStub
 
 STREAMS, DRY_STREAMS = 16, 2
 PROMPT_TOKENS, OUTPUT_TOKENS = 100, 32
+OPTIONS = ("--max-running", "32")  # graphs are captured for no more
 
 
 def run(session: Session) -> None:
@@ -45,7 +46,7 @@ def run(session: Session) -> None:
     streams = DRY_STREAMS if session.dry_run else STREAMS
     with recorded(session, "served", f"{name}, {streams} at once") as row, _model(config) as model:
         began = time.perf_counter()
-        with ServerProcess([*model, "--device", session.device.type]) as server:
+        with ServerProcess([*model, *OPTIONS, "--device", session.device.type]) as server:
             started_s = time.perf_counter() - began
             summary = asyncio.run(_answers(server.target, streams))
             code = server.stop()

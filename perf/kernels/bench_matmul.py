@@ -8,7 +8,8 @@ model's layers do. The check is against float32 at the very shape, which decides
 
 Fused layers (`matmul_fused.py`) do the norm's division and silu * up, or the residual, in the same
 kernel; their peer is cuBLAS with torch's operations after it. Their bytes count the residual read
-and the scaled copy written, M N e each, and half of y where silu * up halves it.
+and the scaled copy written, M N e each, and half of y where silu * up halves it. The cases of
+bench_head.py, the last layer with the draw behind it, are part of these.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from millrace.kernels.matmul_fused import (
 )
 from millrace.kernels.matmul_persistent_triton import linear_persistent
 from millrace.kernels.matmul_triton import Workspace, linear_decode
+from millrace.perf.kernels import bench_head
 from millrace.perf.kernels.case import OURS, Call, Case, Outputs, Prepare, Provider, close_in_bf16
 from millrace.perf.kernels.session import Session
 
@@ -85,6 +87,7 @@ def cases(device: torch.device, dry_run: bool) -> Iterator[Case]:
             for kind in ("gate_up", "down"):
                 if layer.endswith(kind):
                     yield _decode(layer, kind, shape, rows, device)
+    yield from bench_head.cases(device, dry_run)
     for rows in DRY_ROWS if dry_run else PREFILL_ROWS:
         for layer in layers if dry_run else PREFILL_LAYERS:
             yield _prefill(layer, layers[layer], rows, device)

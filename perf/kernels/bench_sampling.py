@@ -18,7 +18,7 @@ from functools import partial
 import torch
 
 from millrace.kernels.dispatch import Operations, operations
-from millrace.kernels.slot_sampling import SlotValues
+from millrace.kernels.slot_sampling import RAW_LOGPROBS, SlotValues
 from millrace.perf.kernels.case import OURS, Call, Case, Outputs, Prepare, close_to
 from millrace.perf.kernels.logits import Mode, SamplingInputs, sampling_inputs, slot_table
 from millrace.perf.kernels.providers import ours
@@ -26,8 +26,8 @@ from millrace.perf.kernels.sampling_peers import NUM_TOP, flashinfer, torch_sort
 from millrace.perf.kernels.session import Session
 
 PLAIN = SlotValues(temperature=1.0)
-TOP_K_TOP_P = SlotValues(temperature=1.0, top_k=50, top_p=0.95)
-TOP_P = SlotValues(temperature=1.0, top_p=0.95)
+TOP_K_TOP_P = SlotValues(temperature=1.0, top_k=50, top_p=0.95, logprobs=RAW_LOGPROBS)
+TOP_P = SlotValues(temperature=1.0, top_p=0.95, logprobs=RAW_LOGPROBS)
 MODES = (
     Mode("plain", "real", PLAIN, logprobs=False, goal=1 / 1.15),
     Mode("top-k top-p", "real", TOP_K_TOP_P, logprobs=True, goal=1 / 1.6),
@@ -75,10 +75,11 @@ def _case(mode: Mode, batch: int, small: int, vocab: int, device: torch.device) 
 def _bind(table: Operations) -> Prepare:
     def prepare(x: SamplingInputs) -> Call:
         def call() -> Outputs:
-            sampled = table.sample(x.logits, x.slots, x.positions, x.params)
+            inputs = (x.logits, x.slots, x.positions, x.params)
+            sampled = table.sample(*inputs, scored=x.mode.logprobs)
             if not x.mode.logprobs:
                 return sampled.token_ids, sampled.ok
-            raw = table.raw_logprobs(x.logits, sampled.token_ids, NUM_TOP)
+            raw = table.drawn_logprobs(*inputs, sampled, NUM_TOP)
             return (
                 *(sampled.token_ids, sampled.ok),
                 *(raw.logprobs, raw.ranks, raw.top_ids, raw.top_logprobs),

@@ -1,6 +1,6 @@
 """Choose a kernel's launch configuration on the GPU that is here, and keep it in configs.json.
 
-    python -m millrace.perf.kernels.tune --op paged_attention --key "bf16 D128" \\
+    python -m millrace.perf.kernels.tune --op paged_attention --key "bfloat16 D128" \\
         --part attention --case "decode b32" --warps 4 8 --stages 2 3 --constant TILE=32,64
 
 Tries every combination on the cases whose name begins so, each in a process of its own (one that

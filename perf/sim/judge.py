@@ -23,10 +23,13 @@ class Before:
     prefilling: list[Sequence]
     preemptions: dict[int, int]  # by request
     queued: set[int]
+    num_pressing: int  # 1: somebody may yield to the head, memory or not
 
 
 def look(scheduler: Scheduler, runner: FakeRunner) -> Before:
-    before = Before([], [], [], {}, {request.id for request in scheduler.policy})
+    queued = {request.id for request in scheduler.policy}
+    before = Before([], [], [], {}, queued, int(scheduler.policy.is_pressing()))
+    in_flight = {slot for slots in runner.drafting.values() for slot in slots}
     for request in scheduler.requests.values():
         before.preemptions[request.id] = request.num_preemptions
         if request.slot == NO_SLOT or request.is_closing:
@@ -35,6 +38,8 @@ def look(scheduler: Scheduler, runner: FakeRunner) -> Before:
         assert sequence.request is request, f"slot {request.slot} is another's on the device"
         computed = sequence.computed
         assert computed is not None, "every admitted request computes something at once"
+        if request.slot in in_flight:
+            continue  # how far it got is not known before that lands
         if not sequence.is_prefilled:
             before.prefilling.append(sequence)
         elif computed < request.max_length - 1:
@@ -52,15 +57,21 @@ def judge(scheduler: Scheduler, runner: FakeRunner, before: Before, plan: StepPl
         num_tokens = 0
     else:
         assert 0 < plan.num_tokens <= scheduler.limits.max_step_tokens, f"{plan.num_tokens} tokens"
-        assert not (yielded and plan.admitted), "admitted where memory had just run out"
+        has_run_out = len(yielded) > before.num_pressing
+        assert not (has_run_out and plan.admitted), "admitted where memory had just run out"
         _judge_order(scheduler, before, plan)
         _judge_sharing(scheduler, plan)
         num_tokens = plan.num_tokens
+    drafting = {} if plan is None else {slot: length for slot, _, length in plan.drafts.tolist()}
     if num_tokens < scheduler.limits.max_step_tokens:
         _judge_leftover(scheduler, runner, before, may_admit=not yielded)
+        _judge_drafts(scheduler, drafting)
+    planned = drafting.keys() | runner.decoding if plan is not None else set()
     for sequence in before.ready:
         request = sequence.request
-        is_planned = plan is not None and request.slot in runner.decoding
+        if request in yielded:  # and may have come back in the same step
+            continue
+        is_planned = request.slot in planned
         assert is_planned or not _is_planned_on(request), f"request {request.id} is kept waiting"
 
 
@@ -99,6 +110,7 @@ def _judge_preemptions(scheduler: Scheduler, before: Before, yielded: list[Reque
         assert first > last, "a request yielded to one that should have"
     if not scheduler.limits.prefix_caching:  # so every victim brings at least one block
         needed = len(before.crossing)
+        needed += before.num_pressing
         assert len(yielded) <= needed, f"{len(yielded)} yielded where {needed} blocks were needed"
 
 
@@ -162,3 +174,14 @@ def _judge_leftover(
         need = -(-head.num_known // scheduler.limits.block_size)
         available = scheduler.pool.num_available
         assert need > available, f"request {head.id} waits for {need} of {available} blocks"
+
+
+def _judge_drafts(scheduler: Scheduler, drafting: dict[int, int]) -> None:
+    """Budget and blocks are left over: so nobody checks fewer drafts than it may."""
+    if scheduler.pool.num_available == 0:  # tokens that one had no room for are not passed on
+        return
+    for slot, length in drafting.items():
+        request = scheduler.request_at(slot)
+        stop = int(scheduler._slots.computed[slot])  # as planned, with all of them
+        may = min(request.lookahead + 1, request.max_length - 1 - stop + length)
+        assert length == may, f"request {request.id} checks {length - 1} drafts of {may - 1}"

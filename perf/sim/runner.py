@@ -1,6 +1,7 @@
 """FakeRunner: a device that knows the plans and nothing else, and distrusts them.
 
-It keeps what a real runner keeps by slot (tokens, table, length, the decoding set). In place of KV
+It keeps what a real runner keeps by slot (tokens, table, length, the decoding set), and drafts
+tokens of which some are wrong, where it is asked to. In place of KV
 it writes, for each position, the hash of all tokens up to there; so when a position is computed,
 one comparison shows whether every position before it is found in the blocks of its own table.
 """
@@ -11,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from millrace.perf.sim.script import NO_PREFIX, Script, draw, extend
+from millrace.perf.sim.script import NO_PREFIX, Script, draw, extend, guess
 from millrace.scheduler.limits import Limits
 from millrace.scheduler.plan import StepPlan, StepResult
 from millrace.scheduler.request import Request
@@ -38,6 +39,16 @@ class Sequence:
         self.prefix.append(extend(self.prefix[-1] if self.prefix else NO_PREFIX, token))
         self.tokens.append(token)
 
+    @property
+    def script(self) -> Script:
+        script = self.request.payload
+        assert isinstance(script, Script)
+        return script
+
+    def forget(self, num_tokens: int) -> None:
+        """All tokens but the first ones: the others were drafts."""
+        del self.tokens[num_tokens:], self.prefix[num_tokens:]
+
 
 @dataclass(frozen=True, slots=True)
 class Work:
@@ -47,6 +58,7 @@ class Work:
     start: int
     length: int
     samples: bool
+    is_drafted: bool = False  # but for the first of them
 
 
 class FakeRunner:
@@ -58,6 +70,7 @@ class FakeRunner:
         self.host = np.full((limits.host_blocks, limits.block_size), POISON, np.int64)
         self.slots: dict[int, Sequence] = {}
         self.decoding: set[int] = set()
+        self.drafting: dict[int, set[int]] = {}  # slots, by step not landed
         self._readers: dict[int, dict[int, set[int]]] = {}  # step not landed -> block -> requests
 
     def execute(self, plan: StepPlan) -> StepResult:
@@ -71,6 +84,7 @@ class FakeRunner:
             assert self.slots[slot].is_prefilled, f"slot {slot} decodes before its prompt"
             assert computed is not None, "what is prefilled is computed"
             work.append(Work(slot, computed, 1, True))
+        work += [self._draft(*row) for row in plan.drafts.tolist()]
         slots = [item.slot for item in work]
         assert len(set(slots)) == len(slots), f"a slot has two roles: {slots}"
         written: set[int] = set()
@@ -83,15 +97,17 @@ class FakeRunner:
             for block in sequence.table[self._first_read(item) // self.block_size :]:
                 readers.setdefault(block, set()).add(sequence.request.id)
         self._readers[plan.step] = readers
-        return self._sample(plan.step, [item.slot for item in work if item.samples])
+        self.drafting[plan.step] = set(plan.drafts[:, 0].tolist())
+        return self._sample(plan.step, [item for item in work if item.samples])
 
     def land(self, step: int) -> None:
         """The host has the step's result, so the device is done with its blocks."""
-        del self._readers[step]
+        del self._readers[step], self.drafting[step]
 
     def lose(self) -> None:
         """Steps in flight are lost, no KV can be trusted, and no slot decodes any more."""
         self._readers.clear()
+        self.drafting.clear()
         self.decoding.clear()
         self.kv[:] = self.host[:] = POISON
 
@@ -138,6 +154,17 @@ class FakeRunner:
         self.decoding = self.decoding - leaves | joins
         assert self.decoding <= self.slots.keys(), f"empty slots decode: {self.decoding}"
         assert len(self.decoding) == plan.num_decodes, f"num_decodes is {plan.num_decodes}"
+
+    def _draft(self, slot: int, start: int, length: int) -> Work:
+        """Guess the tokens behind a slot's last one, to be computed together with it."""
+        sequence, where = self.slots[slot], f"slot {slot}, {length} tokens from {start}"
+        assert not any(slot in others for others in self.drafting.values()), f"{where}: in flight"
+        assert sequence.is_prefilled and start == sequence.computed, f"{where}: {sequence.computed}"
+        assert 1 <= length <= 1 + sequence.request.lookahead, f"{where}: too long"
+        assert start + length < sequence.request.max_length, f"{where}: past its end"
+        while len(sequence.tokens) < start + length:
+            sequence.append(guess(sequence.prefix[-1], sequence.script))
+        return Work(slot, start, length, True, is_drafted=True)
 
     def _write(self, work: Work, written: set[int]) -> None:
         sequence, end = self.slots[work.slot], work.start + work.length
@@ -188,18 +215,17 @@ class FakeRunner:
         rows = self.kv.reshape(-1, self.block_size)[table]
         return rows.reshape(-1)[:end]
 
-    def _sample(self, step: int, slots: list[int]) -> StepResult:
-        tokens, stopped, ok = [], [], []
-        for slot in slots:
-            sequence = self.slots[slot]
-            script = sequence.request.payload
-            assert isinstance(script, Script)
-            index = len(sequence.tokens) - len(sequence.request.prompt)
-            token = draw(sequence.prefix[-1], script.seed)
-            sequence.append(token)  # the device goes on even when the host will not
-            tokens.append(token)
-            stopped.append(token in script.stop_tokens)
-            ok.append(index != script.fails_at)
+    def _sample(self, step: int, work: list[Work]) -> StepResult:
+        slots, tokens, stopped, ok = [], [], [], []
+        for item in work:
+            sequence = self.slots[item.slot]
+            for token in self._kept(sequence, item):
+                index = len(sequence.tokens) - len(sequence.request.prompt)
+                sequence.append(token)  # the device goes on even when the host will not
+                slots.append(item.slot)
+                tokens.append(token)
+                stopped.append(token in sequence.script.stop_tokens)
+                ok.append(index != sequence.script.fails_at)
         return StepResult(
             step,
             np.asarray(slots, np.int64),
@@ -207,3 +233,17 @@ class FakeRunner:
             np.asarray(stopped, np.bool_),
             np.asarray(ok, np.bool_),
         )
+
+    def _kept(self, sequence: Sequence, work: Work) -> list[int]:
+        """The drafts that are right, and the token behind them; the others are taken back."""
+        seed = sequence.script.seed
+        if not work.is_drafted:
+            return [draw(sequence.prefix[-1], seed)]
+        drawn = [draw(prefix, seed) for prefix in sequence.prefix[work.start :]]
+        drafts = sequence.tokens[work.start + 1 :]
+        num_right = 0
+        while num_right < len(drafts) and drafts[num_right] == drawn[num_right]:
+            num_right += 1
+        sequence.forget(work.start + 1)
+        sequence.computed = work.start + 1 + num_right
+        return drawn[: num_right + 1]

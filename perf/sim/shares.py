@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 
+from millrace.perf.sim.scenario import Scenario
 from millrace.scheduler.fair_share import OUTPUT_PRICE, PROMPT_PRICE, FairShare
 from millrace.scheduler.plan import Drawn, StepPlan
 from millrace.scheduler.request import Request
@@ -49,6 +50,22 @@ class Shares:
             request = requests[request_id]
             charges[request.tenant] += OUTPUT_PRICE / request.weight
         self._judge_charges(scheduler, charges)
+
+    def judge_spread(self, scheduler: Scheduler, scenario: Scenario) -> None:
+        """Tenants that wait differ by what one of them can be given between two turns of its own.
+
+        Once a tenant is chosen, it had the least; since then it was charged that prompt, and what
+        its running requests drew. All weights are at least 1.
+        """
+        policy = scheduler.policy
+        if not isinstance(policy, FairShare):
+            return
+        counters = [policy.counter(tenant) for tenant in {r.tenant for r in policy}]
+        drawn = scenario.limits.max_running * scenario.max_tokens
+        bound = PROMPT_PRICE * scenario.max_prompt + OUTPUT_PRICE * drawn + ROUNDING
+        if counters:
+            spread = max(counters) - min(counters)
+            assert spread <= bound, f"tenants that wait differ by {spread}, more than {bound}"
 
     def _judge_charges(self, scheduler: Scheduler, charges: dict[str, float]) -> None:
         policy = scheduler.policy

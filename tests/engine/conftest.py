@@ -61,10 +61,10 @@ class TinyModel:
     reference: transformers.PreTrainedModel
 
 
-def save_tiny_model(family: str, path: Path) -> TinyModel:
-    """A random model of `family` in `path`; the same each time."""
+def save_tiny_model(family: str, path: Path, **sizes: int) -> TinyModel:
+    """A random model of `family` in `path`, SIZES but for those given; the same each time."""
     config_class, special = FAMILIES[family]
-    config = config_class(**(SIZES | special))
+    config = config_class(**(SIZES | special | sizes))
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
     with torch.no_grad():  # biases and norms start as zeros and ones: make them matter
@@ -82,9 +82,9 @@ def tiny_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 
 @pytest.fixture(scope="session")
-def save_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TinyModel]:
-    """A factory of models by family."""
-    return lambda family: save_tiny_model(family, tmp_path_factory.mktemp(family))
+def save_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TinyModel]:
+    """A factory of models, by family and what is not as in SIZES."""
+    return lambda family, **sizes: save_tiny_model(family, tmp_path_factory.mktemp(family), **sizes)
 
 
 @pytest.fixture(scope="session")

@@ -36,6 +36,7 @@ from millrace.engine.text.vocabulary import Tokenizer, Vocabulary
 
 BOS, EOS, VOCAB_SIZE = 256, 257, 258
 MAX_CONTEXT = 4096
+MAX_RUNNING = 64
 CACHED_TOKENS = 3  # what every request claims to have reused
 FLUSHED_BLOCKS = 7
 FAILING_TOKEN = 255  # generating it fails the request, as NaN logits would
@@ -173,7 +174,7 @@ def _ready(config: EngineConfig) -> Ready:
         max_context=config.max_context or MAX_CONTEXT,
         block_size=config.block_size,
         num_blocks=64,
-        max_running=config.max_running,
+        max_running=config.max_running or MAX_RUNNING,
         dtype="float32",
         device="none",
         backend="script",

@@ -19,7 +19,7 @@ from millrace.engine.config import EngineConfig
 from millrace.engine.server import grpc_server
 from millrace.engine.text.tokenizer import load_tokenizer
 
-COMMANDS = ("serve", "generate", "chat", "tokenize", "bench", "doctor", "compile")
+COMMANDS = ("serve", "generate", "chat", "tokenize", "bench", "plan", "doctor", "compile")
 LETTERS = "abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ.,!?"
 
 

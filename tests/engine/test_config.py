@@ -55,6 +55,7 @@ def test_every_setting_can_come_from_each_place(monkeypatch, yaml_file):
         **{"host": "::1", "port": 11, "http_port": 12, "drain_timeout_s": 1.5},
         **{"default_timeout_s": 2.5, "seed": 13, "policy": "fair_share", "max_wait_s": 3.5},
         **{"priority_aging_s": 4.5, "itl_target_ms": 50.0, "run_ahead": 2},
+        **{"deterministic": True},
         **{"tenant_weights": {"gold": 4.0, "acme:eu": 0.5}},
     }
     expected = EngineConfig(**values)
@@ -89,7 +90,6 @@ def test_an_empty_file_is_no_settings(yaml_file):
         ("max_waiting", 0),
         ("max_waiting_tokens", 0),
         ("max_step_tokens", 0),
-        ("max_step_tokens", 63),  # below max_running
         ("run_ahead", -1),
         ("block_size", 24),
         ("policy", "lottery"),

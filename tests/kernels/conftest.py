@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from millrace.kernels.attention import AttentionBatch, KVScales
+from millrace.kernels.attention import AttentionBatch, KVScales, prepare_attention
 from millrace.kernels.rope import rope_table
 from millrace.kernels.slot_sampling import SlotSampling, SlotValues
 
@@ -123,6 +123,30 @@ def append_case():
 
 
 @pytest.fixture
+def decode_case(attention_case):
+    """make(contexts, ...): arguments of append_attention; the last position is not in the cache."""
+
+    def make(contexts, *, norm=False, window=None, **shape):
+        case = attention_case(contexts, **shape)
+        heads, head_dim = case.q.shape[1:]
+        kv_heads, dtype = case.k_cache.shape[2], case.q.dtype
+        positions = case.batch.context_lens.long() - 1
+        table = case.batch.block_table[case.batch.slots].long()
+        blocks = table.gather(1, positions[:, None] // case.block_size)[:, 0]
+        write_index = blocks * case.block_size + positions % case.block_size
+        for cache in (case.k_cache, case.v_cache):
+            cache.view(-1, kv_heads, head_dim)[write_index] = float("nan")
+        norms = [torch.rand(head_dim).to(dtype) + 0.5 if norm else None for _ in range(2)]
+        qkv = torch.randn(len(contexts), (heads + 2 * kv_heads) * head_dim).to(dtype)
+        prepared = prepare_attention(case.batch, case.block_size, window)
+        angles = rope_table(head_dim, max([1, *contexts]), 10000.0)
+        caches = (case.k_cache, case.v_cache)
+        return (qkv, positions, write_index, angles, *caches, heads, *norms, 1e-6, prepared)
+
+    return make
+
+
+@pytest.fixture
 def guarded_outputs(monkeypatch):
     """What a launcher allocates starts as NaN, between NaNs that the kernel must not touch."""
     buffers = []
@@ -200,6 +224,7 @@ def sampling_case():
                 repetition_penalty=pick(1.0, 1.0, 1.3),
                 presence_penalty=pick(0.0, 0.0, 0.5),
                 frequency_penalty=pick(0.0, 0.3),
+                logprobs=slot % 3,
                 seed=number(1 << 62) * pick(1, -1),
                 stop_ids=ids(3),
                 min_position=pick(0, 0, 100),

@@ -24,6 +24,13 @@ def test_a_device_has_its_own_rows(file, monkeypatch):
     assert found == LaunchConfig(8, 2, {"TILE": 128})
 
 
+def test_a_row_may_leave_constants_to_the_default(file, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    default = LaunchConfig(4, 3, {"TILE": 64, "BLOCK_M": 16})
+    found = launch_config("attention", "bf16 D128", torch.device("cuda"), default, file)
+    assert found == LaunchConfig(8, 2, {"TILE": 128, "BLOCK_M": 16})
+
+
 @pytest.mark.parametrize(
     ("name", "op", "key"),
     [

@@ -5,7 +5,13 @@ import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from millrace.kernels.attention import KVScales
-from millrace.kernels.kv_append import FP8, kv_append, kv_append_reference, to_fp8
+from millrace.kernels.kv_append import (
+    FP8,
+    _write_rows_without_waiting,
+    kv_append,
+    kv_append_reference,
+    to_fp8,
+)
 
 BLOCKS, BLOCK_SIZE = 7, 16  # of append_case
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -185,3 +191,29 @@ def test_scales_belong_to_fp8_caches_and_to_their_heads(append_case):
         kv_append(**(fp8 | {"kv_scales": None}))
     with pytest.raises(ValueError, match=r"kv_scales\.key: expected \[2\]"):
         kv_append(**(fp8 | {"kv_scales": wrong}))
+
+
+@pytest.mark.parametrize("real", [[], [4], [0, 2, 3], [0, 1, 2, 3, 4]], ids=str)
+def test_a_gpu_s_way_around_padding_writes_the_same_rows(real):
+    """Among them row 0, which padding is led to where there is nothing else."""
+    rows = torch.randn(5, 2, 8)
+    write_index = torch.full((5,), -1)
+    write_index[real] = torch.tensor([0, 9, 4, 7, 2])[real]
+    cache = torch.randn(12, 2, 8)
+    expected = cache.clone()
+    expected[write_index[real]] = rows[real]
+    _write_rows_without_waiting(cache, write_index, rows)
+    assert torch.equal(cache, expected)
+    _write_rows_without_waiting(cache, write_index[:0], rows[:0])
+    assert torch.equal(cache, expected)
+
+
+@pytest.mark.parametrize("cache_dtype", [torch.float32, FP8], ids=str)
+def test_off_the_cpu_nothing_is_asked_of_the_tensors_values(append_case, cache_dtype):
+    """Tensors without memory raise where a value is wanted, as a captured graph would."""
+    arguments = append_case(5, 6, 2, 16, torch.float32)
+    meta = {k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+    if cache_dtype == FP8:
+        meta |= {name: meta[name].to(FP8) for name in ("k_cache", "v_cache")}
+        meta["kv_scales"] = KVScales(*torch.ones(2, 2, device="meta"))
+    assert kv_append(**meta).shape == (5, 6, 16)

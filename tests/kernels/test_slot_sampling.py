@@ -24,6 +24,7 @@ FIELDS = ("scalars", "filter_kind", "seed", "min_position", "has_bias", "has_pen
         *(("repetition_penalty", bad) for bad in (0.0, -1.0, math.nan, math.inf)),
         *(("presence_penalty", bad) for bad in (math.nan, math.inf)),
         *(("frequency_penalty", bad) for bad in (math.nan, -math.inf)),
+        *(("logprobs", bad) for bad in (-1, 3)),
         ("stop_ids", list(range(MAX_STOP_IDS + 1))),
     ],
 )
@@ -62,6 +63,7 @@ def test_a_slot_written_again_keeps_nothing_of_the_last_request():
         repetition_penalty=1.5,
         presence_penalty=0.5,
         frequency_penalty=0.5,
+        logprobs=1,
         seed=9,
         stop_ids=[1, 2],
         min_position=7,

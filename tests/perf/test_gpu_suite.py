@@ -91,6 +91,20 @@ def test_the_summary_says_how_we_stand_beside_the_fastest_other(tmp_path):
     assert "dry run" not in summary
 
 
+def test_the_matmul_part_fills_the_table_of_forms(dry_run, tmp_path):
+    """From the file of a part to rows of configs.json, as on a GPU; the device's name is "cpu"."""
+    table = tmp_path / "configs.json"
+    table.write_text("{}")
+    command = [sys.executable, "-P", "-m", "millrace.perf.kernels.tune_rows"]
+    command += [str(dry_run / "matmul.json"), "--file", str(table)]
+    subprocess.run(command, check=True, capture_output=True, timeout=LIMIT_S)
+    written = json.loads(table.read_text())["cpu"]
+    assert written.keys() == {"linear_gemv", "linear_decode", "lm_head_draw"}
+    for rows in written.values():
+        for row in rows.values():
+            assert row["constants"]["MAX_ROWS"] >= 0 and row["num_warps"] and row["measured_us"]
+
+
 def test_one_part_can_be_run_again(dry_run):
     before = {path.name: path.read_bytes() for path in dry_run.glob("*.json")}
     assert suite("--out", dry_run, "--only", "norm", *DRY).returncode == 0
@@ -273,6 +287,14 @@ def test_a_failed_test_is_a_failed_row_with_its_reason(checkout):
     assert rows[2]["status"] == "reason" and "assert 1 == 2" in rows[2]["note"]
 
 
+@pytest.mark.parametrize("package", ["transformers", "nowhere_to_be_found"])
+def test_the_runner_s_tests_run_where_their_models_can_be_made(monkeypatch, package):
+    found = {"transformers": package == "transformers"}
+    monkeypatch.setattr(correctness, "find_spec", lambda name: found.get(name))
+    assert (correctness.RUNNER_TESTS in correctness._command()) == found["transformers"]
+    assert (ROOT / correctness.RUNNER_TESTS).is_file()
+
+
 def test_no_test_at_all_is_a_failure_on_a_gpu_and_a_skip_in_a_dry_run(checkout):
     checkout("")
     with pytest.raises(RuntimeError, match="no test ran"):
@@ -287,11 +309,19 @@ def test_a_file_that_cannot_be_imported_is_a_failure(checkout):
         correctness.run(session_for([]))
 
 
-def test_the_lines_of_pytest_and_of_its_workers_are_read():
-    name = "tests/kernels/gpu/test_x.py::test_a[(2, 3)-torch.bfloat16]"
-    assert correctness._test_and_end(f"{name} PASSED   [ 10%]\n") == (name, "PASSED")
-    assert correctness._test_and_end(f"[gw3] [  7%] FAILED {name} \n") == (name, "FAILED")
-    assert correctness._test_and_end(f"{name} SKIPPED (needs a GPU) [ 1%]\n") is None
+def test_processes_share_the_tests(checkout, monkeypatch):
+    """Each runs once, five neighbours in one process."""
+    checkout(
+        "import pytest\n"
+        + "".join(f"def test_{i}(): pass\n" for i in range(12))
+        + "pytestmark = pytest.mark.gpu"
+    )
+    monkeypatch.setattr(correctness.os, "sched_getaffinity", lambda of: range(4))
+    rows = []
+    correctness.run(session_for(rows))
+    assert sorted(row["test"].partition("_it.py::test_")[2] for row in rows) == sorted(
+        map(str, range(12))
+    )
 
 
 def test_a_chart_of_one_point_is_valid():

@@ -4,8 +4,27 @@ from random import Random
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from millrace.scheduler.cost_model import FIRST_S, MIN_CHUNK, CostModel, StepLoad
+from millrace.scheduler.cost_model import (
+    COLD,
+    FIRST_S,
+    MAX_BUDGET,
+    MAX_OUTLIERS,
+    MIN_CHUNK,
+    CostModel,
+    StepLoad,
+)
+
+LOADS = st.builds(
+    lambda prefill, decodes, length: StepLoad(prefill, decodes, decodes * length),
+    st.sampled_from([0, 0, 1, 16, 500, 4096]),
+    st.integers(0, 300),
+    st.integers(0, 8000),
+)
+TOLD = st.lists(st.tuples(LOADS, st.floats() | st.floats(1e-5, 100.0)), max_size=60)
+"""Loads and seconds, from a clock that does what it likes."""
 
 
 def device_s(load: StepLoad, pace: float = 1.0) -> float:
@@ -102,3 +121,92 @@ def test_a_target_that_decodes_alone_miss_still_lets_prompts_go_on():
     rng, model = Random(5), CostModel()
     train(model, rng, 400)
     assert model.budget(0.001, 200, 100_000) == MIN_CHUNK
+
+
+# ---------------------------------------------------------------- what may not mislead it
+
+
+@settings(max_examples=50, deadline=None)
+@given(told=TOLD, load=LOADS, target_s=st.floats(0.0, 10.0))
+def test_whatever_it_was_told_its_answers_are_sound(told, load, target_s):
+    model = CostModel()
+    for measured, seconds in told:
+        model.measured(measured, seconds)
+    budget = model.budget(target_s, load.decodes, load.context_tokens)
+    assert isinstance(budget, int)
+    assert MIN_CHUNK <= budget <= MAX_BUDGET
+    for seconds in (model.predict_s(load), model.prefill_s(load.prefill_tokens)):
+        assert 0.0 <= seconds < float("inf")
+
+
+@settings(max_examples=20, deadline=None)
+@given(told=TOLD, seed=st.integers(0, 100))
+def test_whatever_it_was_told_it_comes_round_within_some_hundred_steps(told, seed):
+    rng, model = Random(seed), CostModel()
+    for load, seconds in told:
+        model.measured(load, seconds)
+    train(model, rng, 300)
+    assert np.median(errors(model, rng)) < 0.05
+
+
+@pytest.mark.parametrize("seconds", [-3600.0, -1e-9, 0.0, 1e-9, 3600.0, np.inf, np.nan])
+@pytest.mark.parametrize("times", [1, 100])
+def test_a_clock_that_is_set_teaches_it_nothing(seconds, times):
+    rng, model = Random(6), CostModel()
+    train(model, rng, 400)
+    load = draw_load(rng)
+    before = model.predict_s(load), model.budget(0.03, 64, 64_000)
+    for _ in range(times):
+        model.measured(draw_load(rng), seconds)
+    assert (model.predict_s(load), model.budget(0.03, 64, 64_000)) == before
+
+
+@pytest.mark.parametrize("factor", [1 / 60, 50.0])
+def test_steps_far_off_are_left_out_until_there_are_many_in_a_row(factor):
+    rng, model = Random(7), CostModel()
+    train(model, rng, 400)
+    load = draw_load(rng)
+    before = model.predict_s(load)
+    for _ in range(MAX_OUTLIERS - 1):
+        odd = draw_load(rng)
+        model.measured(odd, factor * device_s(odd))
+    assert model.predict_s(load) == before
+    train(model, rng, 40, pace=factor)
+    assert np.median(errors(model, rng, pace=factor)) < 0.1, "the device has changed"
+
+
+@pytest.mark.parametrize("factor", [1 / 50, 50.0])
+@pytest.mark.parametrize("wrong", range(0, COLD, 3))
+def test_a_false_measurement_among_the_first_is_soon_forgotten(wrong, factor):
+    """The first steps compile, and are slow; or the clock jumps just then."""
+    rng, model = Random(8), CostModel()
+    for index in range(40):
+        load = draw_load(rng)
+        seconds = device_s(load) * rng.gauss(1.0, 0.03)
+        model.measured(load, seconds * (factor if index == wrong else 1.0))
+    assert np.median(errors(model, rng)) < 0.05
+
+
+def test_while_it_is_cold_prompts_get_the_least_and_nobody_is_shed():
+    rng, model = Random(9), CostModel()
+    train(model, rng, COLD - 1)
+    assert model.budget(10.0, 1, 100) == MIN_CHUNK
+    assert model.prefill_s(100_000) == 0.0
+    train(model, rng, 1)
+    assert model.prefill_s(100_000) > 1.0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_features_that_always_move_together_are_told_apart_once_they_do_not(seed):
+    """Decodes and their context grow in step for an hour; then contexts are four times longer."""
+    rng, model = Random(seed), CostModel()
+    for _ in range(2000):
+        decodes = rng.randint(1, 200)
+        load = StepLoad(0, decodes, decodes * 1000)
+        model.measured(load, device_s(load) * rng.gauss(1.0, 0.03))
+    assert model.predict_s(load) == pytest.approx(device_s(load), rel=0.05)
+    for _ in range(100):
+        decodes = rng.randint(1, 200)
+        load = StepLoad(rng.choice([0, 512]), decodes, decodes * 4000)
+        model.measured(load, device_s(load) * rng.gauss(1.0, 0.03))
+    assert model.predict_s(load) == pytest.approx(device_s(load), rel=0.05)

@@ -10,13 +10,16 @@ import inspect
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 
 import pytest
 
 from millrace.perf.sim.world import simulate
+from millrace.scheduler import speculation
 from millrace.scheduler.block_pool import BlockPool
 from millrace.scheduler.block_tables import BlockTables
 from millrace.scheduler.deadline_first import EarliestDeadlineFirst
+from millrace.scheduler.decode_set import DecodeSet
 from millrace.scheduler.fair_share import FairShare
 from millrace.scheduler.policy import FirstComeFirstServed, Ordered
 from millrace.scheduler.prefix_cache import PrefixCache
@@ -32,7 +35,7 @@ MAX_SEEDS = 300  # as many as an ordinary run of the simulation goes through
 
 @dataclass(frozen=True)
 class Bug:
-    owner: type
+    owner: type | ModuleType
     method: str
     changes: dict[str, str]  # from what, each found once, to what
 
@@ -54,7 +57,7 @@ BUGS = {
         },
     ),
     "hits that are idle are counted as blocks to be had": Bug(
-        BlockTables, "place", {" - self._pool.num_idle(hits)": ""}
+        BlockTables, "_is_room", {" - self._pool.num_idle(hits)": ""}
     ),
     "blocks are given back head first": Bug(
         BlockPool,
@@ -71,7 +74,7 @@ BUGS = {
         BlockTables, "_cached_prefix", {"request.num_known - 1": "request.num_known"}
     ),
     "blocks not computed yet are cached": Bug(
-        BlockTables, "index", {"request.num_computed, self": "9999, self"}
+        BlockTables, "index", {"int(table.computed[slot]), self": "9999, self"}
     ),
     "a chain goes on behind another's block": Bug(
         PrefixCache,
@@ -108,7 +111,7 @@ BUGS = {
         BlockTables, "_to_copy", {"return (source, saved)": "return (source, saved + 1)"}
     ),
     "a token that was drawn last is taken for computed": Bug(
-        BlockTables, "leave", {"[: request.num_computed]": ""}
+        BlockTables, "leave", {"[: table.computed[slot]]": ""}
     ),
     "a leader's block is copied from the wrong place behind its window": Bug(
         BlockTables, "_in_leader", {"self._slots.num_gone[leader.slot] == 0": "True"}
@@ -157,7 +160,7 @@ BUGS = {
     "a window's blocks are indexed however far they are": Bug(
         BlockTables,
         "index",
-        {"min(request.num_computed, self._indexed_tokens)": "request.num_computed"},
+        {"min(int(table.computed[slot]), self._indexed_tokens)": "int(table.computed[slot])"},
     ),
     # Preemption
     "a preempted request forgets what it said": Bug(
@@ -170,10 +173,10 @@ BUGS = {
     ),
     "the oldest yields": Bug(Ordered, "victim", {"max(": "min("}),
     "new requests take what the preempted gave up": Bug(
-        Scheduler, "schedule", {"if self.counters.preemptions == preemptions:": "if True:"}
+        Scheduler, "schedule", {"self.counters.preemptions == preemptions": "True"}
     ),
     "a preempted slot keeps the block it was to get": Bug(
-        Scheduler, "_grow", {"[decodes[plan.block_appends[:, 0]] != 0]": ""}
+        Scheduler, "_grow", {"[streams[plan.block_appends[:, 0]] != 0]": ""}
     ),
     # Ends
     "a request that has ended goes on drawing": Bug(
@@ -183,7 +186,7 @@ BUGS = {
         SlotTable, "occupy", {"= request.max_length - 1": "= request.max_length"}
     ),
     "an ended request stays in the decoding set": Bug(
-        Scheduler, "schedule", {"self._planned_decodes[plan.decode_leaves] = 0": "pass"}
+        DecodeSet, "commit", {"self._told[plan.decode_leaves] = 0": "pass"}
     ),
     "a cancelled leader leaves its followers behind": Bug(
         Scheduler, "finish", {"self._free_followers(request)": "pass"}
@@ -196,9 +199,39 @@ BUGS = {
         "_fail",
         {"self.finish(self.request_at(slot).id, Finish.ERROR, now_s, error=error)": "pass"},
     ),
+    # Several tokens a step
+    "drafts that were wrong count as computed": Bug(
+        speculation, "settle", {"_ = drafts.T": "length = drafts.T", "kept[slots]": "length"}
+    ),
+    "the token behind the right drafts counts as computed": Bug(
+        speculation, "settle", {"kept[slots]": "kept[slots] + 1"}
+    ),
+    "who drafts is planned again before its result is known": Bug(
+        speculation, "plan_drafts", {"table.speculates[slots] = 0": "pass"}
+    ),
+    "tokens behind a stop token are kept": Bug(
+        speculation, "up_to_ends", {"is_end = result.stopped | ~result.ok": "is_end = ~result.ok"}
+    ),
+    "drafts go past a request's last token": Bug(
+        speculation, "plan_drafts", {", table.end[slots] - start - 1)": ", 9)"}
+    ),
+    "drafts have no room in the block table": Bug(
+        speculation, "plan_drafts", {"stop = np.minimum(stop, table.capacity[slots])": "pass"}
+    ),
+    "drafts are not taken from the budget": Bug(
+        speculation, "plan_drafts", {"budget - before": "drafts"}
+    ),
+    "who was preempted with drafts in flight is planned again": Bug(
+        Scheduler, "_settle_drafts", {"self._slots.speculates[request.slot] = 0": "pass"}
+    ),
+    "a tenant pays for one token a step": Bug(
+        FairShare,
+        "drew",
+        {"slots, self._price[slots],": "np.unique(slots), self._price[np.unique(slots)],"},
+    ),
     # Order and budget
     "decodes are not taken from the budget": Bug(
-        Scheduler, "_prefill_budget", {" - plan.num_decodes": ""}
+        Scheduler, "_prefill_budget", {" - num_streams": ""}
     ),
     "the last to come is served first": Bug(
         FirstComeFirstServed, "key", {"return request.arrival": "return -request.arrival"}
@@ -218,7 +251,7 @@ BUGS = {
     "the prompt is charged again after a preemption": Bug(
         FairShare, "pop", {"if request.num_preemptions == 0:": "if True:"}
     ),
-    "output is free": Bug(FairShare, "drew", {"self._price[slots]": "0"}),
+    "output is free": Bug(FairShare, "drew", {"self._price[slots]": "0 * self._price[slots]"}),
     "a tenant out of date in the order goes first": Bug(
         FairShare, "_first", {"tenant.counter != counter": "False"}
     ),

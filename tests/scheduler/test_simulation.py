@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from millrace.perf.sim.scenario import POLICIES
+from millrace.perf.sim.scenario import MANY, POLICIES
 from millrace.perf.sim.world import World, simulate
 from millrace.scheduler.request import Finish
 
@@ -53,24 +53,27 @@ def test_a_seed_gives_the_same_events_every_time():
 
 def test_the_worlds_are_as_rough_as_they_should_be():
     """A simulation in which nothing happens would prove nothing."""
-    happened = Counter()
-    for seed in range(100):
+    happened, preemptions = Counter(), Counter()
+    for seed in range(150):
         world = simulate(seed)
-        happened.update(world.ledger.ended.values())
-        happened["refused"] += world.ledger.refused
-        happened["preempted"] += world.scheduler.counters.preemptions
-        happened["hit tokens"] += world.scheduler.counters.prefix_hit_tokens
-        happened["abandoned"] += len(world.ledger.abandoned)
-        happened["steps"] += sum("launched" in line for line in world.log)
+        happened += world.tally()
         happened["copies"] += sum("copied [(" in line for line in world.log)
+        happened["drafted"] += sum("drafts [[" in line for line in world.log)
         happened["swapped in"] += world.scheduler._tables.host.num_swapped_in
-        happened["shed"] += world.scheduler.counters.shed
-        happened[world.scenario.policy] += world.scheduler.counters.preemptions
-    for what in [*Finish, "refused", "preempted", "abandoned"]:
+        preemptions[world.scenario.policy] += world.scheduler.counters.preemptions
+    for what in [*Finish, "refused", "preempted", "abandoned", "next turns", "clock jumps"]:
         assert happened[what] >= 20, happened
     for policy in POLICIES:  # ran out of memory under each
-        assert happened[policy] >= 5, happened
+        assert preemptions[policy] >= 5, preemptions
     assert happened["shed"] >= 5, happened
     assert happened["copies"] >= 20, happened
+    assert happened["drafted"] >= 500, happened
     assert happened["hit tokens"] >= 1000, happened
     assert happened["steps"] >= 2000, happened
+
+
+def test_a_world_of_many_requests_holds():
+    """The nightly command has ten times as many in each of a thousand."""
+    happened = simulate(2, MANY).tally()
+    assert happened["requests"] == MANY
+    assert happened["steps"] >= MANY, happened

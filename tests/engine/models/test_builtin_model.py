@@ -1,5 +1,6 @@
 """The built-in model against transformers in fp32: 20 real prompts of 1 to 2,000 tokens."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,10 @@ import torch
 import transformers
 
 from millrace.engine import LLM, SamplingParams
+from millrace.engine.core.loop import EngineCore
+from millrace.engine.errors import InvalidRequest
 from millrace.engine.weights.locate import resolve
+from millrace.scheduler.scheduler import Scheduler
 
 pytestmark = pytest.mark.model
 
@@ -96,7 +100,79 @@ def test_a_seeded_request_gives_the_same_tokens_alone_and_in_a_crowd(llm, prompt
     assert together.token_ids == alone.token_ids
 
 
+@pytest.fixture
+def scheduled(llm, monkeypatch):
+    """scheduled(**limits): the model's runner under a new scheduler, which is returned."""
+
+    core = llm._core
+
+    def schedule(**limits):
+        core._runner.forget_decodes()
+        scheduler = Scheduler(replace(core.scheduler.limits, **limits))
+        monkeypatch.setattr(llm, "_core", EngineCore(scheduler, core._runner))
+        return scheduler
+
+    return schedule
+
+
+def greedy_and_seeded_tokens(llm, prompts):
+    """Of three prompts that begin alike: 58 tokens, which are four blocks, and 8 more, a fifth."""
+    shared, ends = prompts[13][:56], prompts[12]
+    greedy = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
+    seeded = SamplingParams(temperature=0.9, top_p=0.95, seed=7, max_tokens=8, ignore_eos=True)
+    asked = [{"prompt_token_ids": shared + ends[2 * i : 2 * i + 2]} for i in range(3)]
+    outputs = llm.generate(asked, [greedy, seeded, greedy], use_tqdm=False)
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+def test_tokens_do_not_depend_on_cache_chunks_or_preemption(llm, prompts, scheduled):
+    cached = scheduled()
+    expected = greedy_and_seeded_tokens(llm, prompts)
+    assert cached.counters.prefix_hit_tokens > 0
+    uncached = scheduled(prefix_caching=False)
+    assert greedy_and_seeded_tokens(llm, prompts) == expected
+    assert uncached.counters.prefix_hit_tokens == 0
+    scheduled(max_step_tokens=24, prefix_caching=False)
+    assert greedy_and_seeded_tokens(llm, prompts) == expected
+    for num_blocks, prefix_caching in ((9, False), (6, True)):
+        preempting = scheduled(num_blocks=num_blocks, prefix_caching=prefix_caching)
+        assert greedy_and_seeded_tokens(llm, prompts) == expected
+        assert preempting.counters.preemptions > 0
+
+
+def test_tenants_share_no_prompts(llm, prompts, scheduled):
+    scheduled()
+    params = SamplingParams(temperature=0.0, max_tokens=1)
+    asked = {
+        "prompt_token_ids": prompts[12]
+    }  # 48 tokens: two full blocks, and one token to compute
+
+    def cached(tenant):
+        return llm.generate(asked, params, use_tqdm=False, tenant=tenant)[0].num_cached_tokens
+
+    assert [cached(tenant) for tenant in ("a", "b", "", "a", "b", "")] == [0, 0, 0, 32, 32, 32]
+
+
+def test_classes_and_tenants_are_checked_before_anything_runs(llm, prompts):
+    asked = [{"prompt_token_ids": prompts[0]}] * 2
+    for wrong in ({"priority": 10}, {"priority": [0]}, {"tenant": "two words"}, {"tenant": ["a"]}):
+        with pytest.raises(InvalidRequest) as caught:
+            llm.generate(asked, use_tqdm=False, **wrong)
+        assert caught.value.field in wrong
+
+
 def test_chat_answers_a_question(llm):
     question = [{"role": "user", "content": "What is the capital of France?"}]
     answer = llm.chat(question, SamplingParams(temperature=0.0, max_tokens=24), use_tqdm=False)[0]
     assert "Paris" in answer.outputs[0].text
+
+
+def test_deterministic_logprobs_are_the_same_bits_alone_and_in_a_crowd(prompts):
+    engine = LLM(device="cpu", deterministic=True, max_running=8, max_step_tokens=40)
+    params = SamplingParams(temperature=0.8, seed=3, max_tokens=3, ignore_eos=True, logprobs=2)
+    crowd = [{"prompt_token_ids": prompt} for prompt in prompts if len(prompt) in (5, 24, 64)]
+    alone = [engine.generate(one, params, use_tqdm=False)[0].outputs[0] for one in crowd]
+    together = engine.generate(crowd, params, use_tqdm=False)
+    for output, expected in zip(together, alone, strict=True):
+        assert output.outputs[0].token_ids == expected.token_ids
+        assert output.outputs[0].logprobs == expected.logprobs

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from millrace.engine.core.messages import NewRequest
-from millrace.engine.runner.changes import WIDE, ChangePacker, slot_values
+from millrace.engine.runner.changes import WIDE, ChangePacker, is_plain, slot_values
 from millrace.engine.runner.copies import SharedMemory
 from millrace.engine.runner.packed import PackedArrays
 from millrace.engine.runner.request_table import RequestTable
@@ -37,7 +37,7 @@ def request_of(slot, prompt, outputs=(), **params):
 
 
 def table_of(vocab):
-    table = RequestTable(SLOTS, MAX_CONTEXT, 16, vocab, scratch_block=99, device=CPU)
+    table = RequestTable(SLOTS, MAX_CONTEXT, 16, vocab, device=CPU)
     for field in dataclasses.fields(SlotSampling):  # what earlier requests left behind
         tensor = getattr(table.sampling, field.name)
         tensor[:SLOTS] = 77 if tensor.dtype == torch.int32 else True
@@ -96,7 +96,13 @@ def test_blocks_go_to_their_places_and_nowhere_else():
     assert table.block_table[0].tolist() == [11, 0, 12]
     assert table.block_table[5].tolist() == [0, 13, 0]
     assert table.block_table[1:5].eq(0).all()
-    assert table.block_table[SLOTS].eq(99).all()
+    assert table.block_table[SLOTS].eq(0).all()
+
+
+def test_a_plan_with_drafts_is_refused_and_names_their_slots():
+    plan = StepPlan(7, drafts=np.array([(3, 16, 2)], np.int32))
+    with pytest.raises(NotImplementedError, match=r"step 7 checks drafts in slots \[3\]"):
+        apply(table_of(50), plan)
 
 
 def test_rows_of_a_mixed_step_as_in_the_example():
@@ -111,3 +117,23 @@ def test_rows_of_a_mixed_step_as_in_the_example():
         "last_tokens": [0, 1, 4],
         "drawing_slots": [4, 5, 1],
     }
+
+
+@pytest.mark.parametrize(
+    ("params", "plain"),
+    [
+        ({"temperature": 0.0}, True),
+        ({"temperature": 0.9}, True),
+        ({"temperature": 0.9, "temperature_last": True}, True),
+        ({"temperature": 0.0, "top_p": 0.9}, True),  # greedy: a filter leaves the best
+        ({"temperature": 0.9, "top_p": 0.9}, False),
+        ({"temperature": 0.9, "top_n_sigma": 1.0}, False),
+        ({"temperature": 0.0, "min_tokens": 1}, False),  # bans the stop ids at first
+        ({"temperature": 0.0, "frequency_penalty": 0.1}, False),
+        ({"temperature": 0.0, "logit_bias": {3: 1.0}}, False),
+        ({"temperature": 0.0, "allowed_token_ids": [3]}, False),
+    ],
+    ids=str,
+)
+def test_a_plain_request_asks_for_a_temperature_at_most(params, plain):
+    assert is_plain(request_of(0, [1, 2], **params)) is plain

@@ -78,14 +78,15 @@ def test_contexts(max_context, lengths):
     assert contexts(max_context) == lengths
 
 
-def graphs_of(ran, recorder, sizes=(1, 2), lengths=(8, 64), addresses=list, progress=None):
-    return Graphs(ran.append, sizes, lengths, recorder, addresses, progress)
+def graphs_of(ran, recorder, sizes=(1, 2), lengths=(8, 64), addresses=list, **options):
+    return Graphs(ran.append, sizes, lengths, recorder, addresses, **options)
 
 
 def test_the_largest_is_captured_first_and_every_shape_runs_once_before():
     recorder, ran, seen = FakeRecorder(), [], []
     graphs_of(ran, recorder, progress=lambda *step: seen.append(step))
-    assert ran == [(2, 64)] * 3 + [(2, 8)] * 2 + [(1, 64)] * 2 + [(1, 8)] * 2
+    shapes = [StepShape(*pair) for pair in ((2, 64), (2, 8), (1, 64), (1, 8))]
+    assert ran == shapes[:1] + [shape for shape in shapes for _ in range(2)]
     assert recorder.log == ["warm up"] + ["warm up", "record"] * 4
     assert seen == [("decode graphs", done, 4) for done in (1, 2, 3, 4)]
 
@@ -100,7 +101,20 @@ def test_replay_runs_the_smallest_shape_that_holds_the_batch():
     ran.clear()
     for rows, context in ((1, 1), (3, 2048), (8, 2049), (9, 8192), (33, 8193)):
         graphs.replay(graphs.fit(StepShape(rows, context)))
-    assert ran == [(1, 2048), (4, 2048), (8, 8192), (16, 8192), (40, 10_000)]
+    expected = ((1, 2048), (4, 2048), (8, 8192), (16, 8192), (40, 10_000))
+    assert ran == [StepShape(*shape) for shape in expected]
+
+
+def test_plain_steps_have_graphs_of_their_own_up_to_so_many_rows():
+    ran = []
+    graphs = graphs_of(ran, FakeRecorder(), (1, 2, 4), plain_rows=2)
+    ran.clear()
+    for rows, plain in ((1, True), (2, False), (2, True), (3, True)):
+        graphs.replay(graphs.fit(StepShape(rows, 8, plain)))
+    assert ran == [
+        *(StepShape(1, 8, True), StepShape(2, 8), StepShape(2, 8, True)),
+        StepShape(4, 8, False),
+    ]
 
 
 def test_a_tensor_that_moved_is_noticed_before_anything_is_written():
@@ -124,4 +138,5 @@ def test_direct_calls_take_every_shape_unless_told():
     ran = []
     calls = DirectCalls(ran.append)
     calls.replay(calls.fit(StepShape(3, 17)))
-    assert ran == [(3, 17)]
+    calls.replay(calls.fit(StepShape(2, 5, plain=True)))
+    assert ran == [StepShape(3, 17), StepShape(2, 5, True)]

@@ -1,6 +1,6 @@
 """The size of the KV cache: measured on a GPU (here by a scripted probe), by settings elsewhere."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -12,7 +12,14 @@ from millrace.engine.models.decoder import Decoder
 from millrace.engine.models.registry import model_config
 from millrace.engine.runner.assemble import Assembly
 from millrace.engine.runner.graphs import DirectCalls, Graphs
-from millrace.engine.runner.memory import kv_blocks, measured_budget, room_for, what_to_lower
+from millrace.engine.runner.memory import (
+    kv_blocks,
+    largest_that_fits,
+    measured_budget,
+    room_for,
+    what_to_lower,
+)
+from millrace.engine.runner.sizes import Sizes, sizes_for
 from millrace.engine.runner.worst_case import largest_chunks, run_worst_case
 from millrace.engine.weights.checkpoint import open_checkpoint
 from millrace.engine.weights.locate import ModelLocation
@@ -49,7 +56,7 @@ def assembly_of(tiny_llama, make_calls=lambda step: DirectCalls(step.decode), **
     checkpoint = open_checkpoint(tiny_llama.path)
     model = model_config(checkpoint.config, {})
     decoder = Decoder(model, checkpoint, placement.operations, torch.float32, CPU, 512)
-    return Assembly(config, placement, decoder, 512, 0, make_calls)
+    return Assembly(config, placement, decoder, 512, sizes_for(config, CPU), make_calls)
 
 
 @pytest.fixture
@@ -110,6 +117,53 @@ def test_nobody_notices_that_the_largest_step_was_run(make_runner_world, max_ste
     assert len(tokens[0][1]) == 12
 
 
+@pytest.mark.parametrize(
+    ("room", "expected"),
+    [(10_000, (8000, 2000)), (6_000, (4000, 2000)), (4_000, (2000, 2000)), (2_500, (1000, 1500))],
+)
+def test_a_default_step_gives_way_until_a_whole_context_fits(room, expected):
+    """The device runs out of memory where even the step does not fit."""
+
+    def budget_of(size):
+        if size > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return room - size
+
+    assert largest_that_fits([8000, 4000, 2000, 1000], budget_of, wanted=2000) == expected
+    with pytest.raises(torch.OutOfMemoryError):
+        largest_that_fits([room + 1], budget_of, wanted=0)
+
+
+def test_the_size_that_fitted_is_the_one_that_was_measured(tiny_llama):
+    """With the first size no context would fit beside the step; with its half one does."""
+    probe = FakeProbe(free=9 * GB)  # of 80, and 8 stay free
+    peaks = [2 * GB, GB // 2]
+    probe.peak = lambda: peaks.pop(0)
+    assembly = assembly_of(tiny_llama, max_step_tokens=None)
+    assembly = replace(assembly, sizes=Sizes(6, 1024, 0))
+    assert assembly.measure(probe, CONTEXT_BLOCKS) == (512, GB // 2)
+
+
+def fail(*_, **__):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "what"),
+    [
+        ("millrace.engine.core.build", "Decoder", "the model"),
+        ("millrace.engine.runner.assemble", "RequestTable", r"a KV cache of \d+ blocks"),
+        ("millrace.engine.runner.assemble", "DirectCalls", "the graphs of decode steps"),
+    ],
+)
+def test_whatever_does_not_fit_at_the_start_is_named(tiny_llama, monkeypatch, place, name, what):
+    monkeypatch.setattr(f"{place}.{name}", fail)
+    config = EngineConfig(device="cpu", dtype="float32", max_running=9)
+    advice = "lower max_step_tokens = 512 or max_running = 9, or choose a smaller model or dtype"
+    with pytest.raises(NotEnoughMemory, match=f"^no room for {what} on cpu; {advice}$"):
+        build_core(config, ModelLocation(tiny_llama.path, "tiny", "folder"))
+
+
 def test_a_measured_budget_becomes_blocks(model):
     block_bytes = model.kv_elements_per_token * 2 * 16
     blocks = kv_blocks(EngineConfig(), model, torch.bfloat16, CUDA, measured=block_bytes * 7 + 5)
@@ -118,7 +172,7 @@ def test_a_measured_budget_becomes_blocks(model):
 
 def test_no_room_says_what_to_lower(model):
     config = EngineConfig(max_step_tokens=8192)
-    with pytest.raises(NotEnoughMemory, match="max_step_tokens = 8192 or max_running = 64"):
+    with pytest.raises(NotEnoughMemory, match="max_step_tokens = 8192 or max_running = 256"):
         kv_blocks(config, model, torch.bfloat16, CUDA, measured=-5)
 
 
@@ -132,7 +186,7 @@ def test_a_failed_allocation_says_what_did_not_fit_and_what_to_lower():
     config = EngineConfig(kv_cache_memory=123)
     with (
         pytest.raises(
-            NotEnoughMemory, match=r"the cache does not fit on cuda; lower kv_cache_memory"
+            NotEnoughMemory, match="no room for the cache on cuda; lower kv_cache_memory = 123 or"
         ),
         room_for("the cache", config, CUDA),
     ):

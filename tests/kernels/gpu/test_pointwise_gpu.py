@@ -8,6 +8,7 @@ import torch
 from millrace.kernels.activation_triton import gelu_tanh_mul, silu_mul
 from millrace.kernels.attention import KVScales
 from millrace.kernels.kv_append import FP8, kv_append_reference, to_fp8
+from millrace.kernels.kv_append import kv_append as kv_append_torch
 from millrace.kernels.kv_append_triton import kv_append
 from millrace.kernels.norm import rms_norm_reference
 from millrace.kernels.norm_triton import add_rms_norm, rms_norm
@@ -152,7 +153,8 @@ def test_an_fp8_cache_holds_what_a_plain_one_would_rounded_to_e4m3(
         assert torch.equal(bytes_of[n].flatten(0, 1)[rows].cpu(), expected)
 
 
-def test_a_graph_replays_with_other_tokens_and_with_padding(append_case):
+@pytest.mark.parametrize("kv_append", [kv_append, kv_append_torch], ids=["triton", "torch"])
+def test_a_graph_replays_with_other_tokens_and_with_padding(append_case, kv_append):
     captured, later = (append_case(64, 32, 8, 128, torch.bfloat16) for _ in range(2))
     later["write_index"][50:] = -1
     arguments = on_gpu(captured)

@@ -10,35 +10,10 @@ from millrace.kernels.append_attention_triton import append_attention
 from millrace.kernels.attention import prepare_attention
 from millrace.kernels.attention_triton import paged_attention
 from millrace.kernels.kv_append_triton import kv_append
-from millrace.kernels.rope import rope_table
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
-SCALE, EPS, MAX_CONTEXT = 0.125, 1e-6, 300
-
-
-@pytest.fixture
-def decodes(attention_case):
-    """make(contexts, ...): arguments of append_attention, the last position not in the cache."""
-
-    def make(contexts, *, norm=False, window=None, **shape):
-        case = attention_case(contexts, **shape)
-        heads, head_dim = case.q.shape[1:]
-        kv_heads, dtype = case.k_cache.shape[2], case.q.dtype
-        positions = case.batch.context_lens.long() - 1
-        table = case.batch.block_table[case.batch.slots].long()
-        blocks = table.gather(1, positions[:, None] // case.block_size)[:, 0]
-        write_index = blocks * case.block_size + positions % case.block_size
-        for cache in (case.k_cache, case.v_cache):
-            cache.view(-1, kv_heads, head_dim)[write_index] = float("nan")
-        norms = [torch.rand(head_dim).to(dtype) + 0.5 if norm else None for _ in range(2)]
-        qkv = torch.randn(len(contexts), (heads + 2 * kv_heads) * head_dim).to(dtype)
-        prepared = prepare_attention(case.batch, case.block_size, window)
-        angles = rope_table(head_dim, MAX_CONTEXT, 10000.0)
-        caches = (case.k_cache, case.v_cache)
-        return (qkv, positions, write_index, angles, *caches, heads, *norms, EPS, prepared)
-
-    return make
+SCALE = 0.125
 
 
 def caches_of(arguments):
@@ -67,24 +42,24 @@ def apart(arguments):
     ],
     ids=str,
 )
-def test_the_bits_are_those_of_two_launches(decodes, contexts, options):
-    together = decodes(contexts, **options)
+def test_the_bits_are_those_of_two_launches(decode_case, contexts, options):
+    together = decode_case(contexts, **options)
     separate = with_copied_caches(together)
     assert torch.equal(append_attention(*together, scale=SCALE), apart(separate))
     for cache, other in zip(caches_of(together), caches_of(separate), strict=True):
         torch.testing.assert_close(cache, other, rtol=0, atol=0, equal_nan=True)
 
 
-def test_it_agrees_with_the_definition(decodes):
-    together = decodes([1, 16, 33], norm=True)
+def test_it_agrees_with_the_definition(decode_case):
+    together = decode_case([1, 16, 33], norm=True)
     defined = with_copied_caches(together)
     out = append_attention(*together, scale=SCALE)
     expected = append_attention_reference(*defined, scale=SCALE)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_row_has_the_same_bits_alone(decodes):
-    together = decodes([40, 5])
+def test_a_row_has_the_same_bits_alone(decode_case):
+    together = decode_case([40, 5])
     qkv, positions, write_index, *rest, prepared = with_copied_caches(together)
     batch = prepared.batch
     alone = prepare_attention(
@@ -99,18 +74,18 @@ def test_a_row_has_the_same_bits_alone(decodes):
     assert torch.equal(append_attention(*first, scale=SCALE), expected)
 
 
-def test_padding_writes_no_row_and_no_rows_are_no_work(decodes):
-    arguments = decodes([5])
+def test_padding_writes_no_row_and_no_rows_are_no_work(decode_case):
+    arguments = decode_case([5])
     before = [cache.clone() for cache in caches_of(arguments)]
     padded = (*arguments[:2], torch.tensor([-1]), *arguments[3:])
     append_attention(*padded, scale=SCALE)
     for cache, same in zip(caches_of(arguments), before, strict=True):
         torch.testing.assert_close(cache, same, rtol=0, atol=0, equal_nan=True)
-    assert append_attention(*decodes([]), scale=SCALE).shape[0] == 0
+    assert append_attention(*decode_case([]), scale=SCALE).shape[0] == 0
 
 
-def test_a_batch_with_other_rows_than_tokens_is_refused(decodes):
-    arguments = decodes([5, 6])
-    one_row = decodes([5])[-1]
+def test_a_batch_with_other_rows_than_tokens_is_refused(decode_case):
+    arguments = decode_case([5, 6])
+    one_row = decode_case([5])[-1]
     with pytest.raises(ValueError, match=r"^slots: expected \[2\]"):
         append_attention(*arguments[:-1], one_row, scale=SCALE)

@@ -1,25 +1,24 @@
-"""Processed logprobs: of the distribution that the draw takes its tokens from."""
+"""Logprobs of drawn tokens: each row as its slot asks, raw or of what the draw was from."""
 
 import math
 
 import pytest
 import torch
 
-from millrace.kernels.processed_logprobs import (
-    processed_logprobs_cpu,
-    processed_logprobs_reference,
-)
+from millrace.kernels.drawn_logprobs import drawn_logprobs_cpu, drawn_logprobs_reference
+from millrace.kernels.logprobs import raw_logprobs_reference
 from millrace.kernels.sampling import SampledTokens, SlotSampling, SlotValues, sample_reference
+from millrace.kernels.slot_sampling import PROCESSED_LOGPROBS, RAW_LOGPROBS
 
 SCORERS = pytest.mark.parametrize(
-    "score", [processed_logprobs_reference, processed_logprobs_cpu], ids=["reference", "cpu"]
+    "score", [drawn_logprobs_reference, drawn_logprobs_cpu], ids=["reference", "cpu"]
 )
 FIELDS = ("logprobs", "ranks", "top_ids", "top_logprobs")
 
 
 def score_row(score, row, token_id, num_top=4, **values):
     params = SlotSampling.zeros(1, row.shape[0])
-    params.write(0, SlotValues(**values))
+    params.write(0, SlotValues(**({"logprobs": PROCESSED_LOGPROBS} | values)))
     zero, ids = torch.zeros(1, dtype=torch.int64), torch.tensor([token_id])
     sampled = SampledTokens(ids, torch.ones(1, dtype=torch.bool))
     return score(row.unsqueeze(0), zero, zero, params, sampled, num_top)
@@ -60,6 +59,7 @@ def test_temperature_last_scales_what_the_filters_left(score):
 def test_drawn_tokens_have_a_logprob_and_survivors_sum_to_one(sampling_case, score, seed):
     case = sampling_case(60, seed)
     inputs = (case.logits, case.slots, case.positions, case.params)
+    case.params.logprobs.fill_(PROCESSED_LOGPROBS)
     sampled = sample_reference(*inputs)
     scored = score(*inputs, sampled, 60)
     assert scored.logprobs.isfinite().all()
@@ -73,11 +73,32 @@ def test_cpu_gives_what_the_reference_gives(sampling_case, vocab):
     case = sampling_case(vocab, vocab)
     inputs = (case.logits, case.slots, case.positions, case.params)
     sampled = sample_reference(*inputs)
-    one, other = (
-        f(*inputs, sampled, 5) for f in (processed_logprobs_cpu, processed_logprobs_reference)
-    )
+    one, other = (f(*inputs, sampled, 5) for f in (drawn_logprobs_cpu, drawn_logprobs_reference))
     for field in FIELDS:
-        assert torch.equal(getattr(one, field), getattr(other, field)), field
+        torch.testing.assert_close(
+            getattr(one, field), getattr(other, field), rtol=0, atol=0, equal_nan=True
+        )
+
+
+@SCORERS
+def test_each_row_is_scored_as_its_slot_asks(score):
+    row = torch.tensor([3.0, 1.0, 2.0, 0.0])
+    params = SlotSampling.zeros(3, 4)
+    for slot, kind in enumerate((RAW_LOGPROBS, 0, PROCESSED_LOGPROBS)):
+        params.write(slot, SlotValues(temperature=2.0, top_k=2, bias={3: 9.0}, logprobs=kind))
+    inputs = (row.expand(3, 4), torch.arange(3), torch.arange(3), params)
+    sampled = sample_reference(*inputs)
+    sampled.token_ids[:] = 0
+    scored = score(*inputs, sampled, 2)
+    assert torch.equal(row, torch.tensor([3.0, 1.0, 2.0, 0.0]))  # edits are made to a copy
+    raw = raw_logprobs_reference(row[None], sampled.token_ids[:1], 2)
+    assert scored.logprobs[0] == raw.logprobs[0]
+    assert scored.top_ids[0].tolist() == [0, 2]
+    assert scored.logprobs[1].isnan()
+    expected = torch.tensor([4.5, 1.5]).log_softmax(0)
+    torch.testing.assert_close(scored.top_logprobs[2], expected, rtol=0, atol=1e-6)
+    assert scored.top_ids[2].tolist() == [3, 0]
+    assert scored.ranks.tolist()[::2] == [1, 2]
 
 
 @SCORERS

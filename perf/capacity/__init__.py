@@ -1,0 +1,1 @@
+"""What a server could carry: `millrace plan`."""

@@ -1,0 +1,65 @@
+"""Binaries that were compiled for a GPU that is not here lie where a launch on that GPU looks."""
+
+from collections import defaultdict
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from millrace.kernels import norm_triton  # noqa: E402
+from millrace.kernels.aot import SPECS, TARGETS, compile_spec  # noqa: E402
+
+KERNEL, TARGET = norm_triton.rms_norm_kernel, TARGETS["sm_90"]
+pytestmark = pytest.mark.skipif(
+    not isinstance(KERNEL, triton.JITFunction), reason="TRITON_INTERPRET is on"
+)
+
+
+class DriverOfAbsentGPU:
+    """What a launch asks before it compiles."""
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return TARGET.gpu
+
+
+@pytest.fixture
+def found_by(monkeypatch, tmp_path):
+    """found_by(call): whether each launch in `call` found its binary. Launches end after that."""
+    run = triton.JITFunction.run
+
+    def look_up(self, *args, grid, warmup, **kwargs):
+        return run(self, *args, grid=grid, warmup=True, **kwargs)
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(triton.JITFunction, "run", look_up)
+    monkeypatch.setattr(triton.runtime.driver, "_active", DriverOfAbsentGPU())
+    monkeypatch.setattr(KERNEL, "device_caches", defaultdict(KERNEL.create_binder))
+
+    def found(call):
+        hits = []
+        with triton.knobs.compilation.scope():
+            triton.knobs.compilation.listener = lambda cache_hit, **_: hits.append(cache_hit)
+            call()
+        return hits
+
+    return found
+
+
+@pytest.mark.parametrize("rows", [1, 70])
+def test_a_launch_finds_what_was_compiled_for_its_signature_and_nothing_else(found_by, rows):
+    (spec,) = (spec for spec in SPECS if spec.name == "add and norm E576")
+
+    def launch(hidden):
+        x, weight = torch.zeros(rows, hidden).bfloat16(), torch.ones(hidden).bfloat16()
+        return lambda: norm_triton.add_rms_norm(x, x.clone(), weight, 1e-5)
+
+    compile_spec(spec, TARGET)
+    assert found_by(launch(576)) == [True]
+    assert found_by(launch(640)) == [False]
