@@ -59,7 +59,8 @@ def test_everyone_gets_through_a_cache_that_is_much_too_small(policy, caching):
     assert [request.outputs for request in requests] == [expected(r)[0] for r in requests]
     assert scheduler.counters.preemptions > REQUESTS
     # Only where all that run have yielded so often must one of them yield once more.
-    assert max(request.num_preemptions for request in requests) <= 2 * MAX_YIELDS
+    most = max(request.num_preemptions for request in requests)
+    assert most <= MAX_YIELDS + limits.max_running
     assert computed < 4 * REQUESTS * (PROMPT + OUTPUT)
 
 
