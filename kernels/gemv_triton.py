@@ -19,7 +19,7 @@ from torch import Tensor
 from millrace.kernels.configs import LaunchConfig, launch_config
 from millrace.kernels.matmul_fused import PLAIN, Fusion, LinearOutput, check_linear
 from millrace.kernels.matmul_plan import weight_key
-from millrace.kernels.matmul_tile_triton import empty_output, finish, finish_arguments, prefetch
+from millrace.kernels.matmul_tile_triton import empty_output, finish, launch_arguments, prefetch
 
 MAX_GEMV_ROWS = 4
 NUM_WARPS = 4
@@ -115,7 +115,7 @@ def linear_gemv(
     `config` is `gemv_config(weight)` where not given.
     """
     check_linear(x, weight, fusion)
-    rows, (n, k) = x.shape[0], weight.shape
+    rows, n = x.shape[0], weight.shape[0]
     if rows > MAX_GEMV_ROWS:
         raise ValueError(f"x: expected at most {MAX_GEMV_ROWS} rows, got {rows}")
     config = config or gemv_config(weight)
@@ -125,16 +125,12 @@ def linear_gemv(
         gemv_kernel[(triton.cdiv(n, block_n),)](
             p_x=x,
             p_weight=weight,
-            num_rows=rows,
-            stride_x=x.stride(0),
-            N=n,
-            K=k,
             BLOCK_N=block_n,
             BLOCK_T=triton.next_power_of_2(rows),
             BLOCK_K=config.constants["BLOCK_K"],
             UNROLL=config.constants["UNROLL"],
             PDL=pdl,
-            **finish_arguments(fusion, output),
+            **launch_arguments(x, weight, fusion, output),
             num_warps=config.num_warps,
             num_stages=config.num_stages,
             **({"launch_pdl": True} if pdl else {}),

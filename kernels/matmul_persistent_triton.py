@@ -30,8 +30,8 @@ from millrace.kernels.matmul_tile_triton import (
     describe,
     empty_output,
     finish,
-    finish_arguments,
     has_tma,
+    launch_arguments,
     product_of_splits,
 )
 
@@ -153,10 +153,6 @@ def linear_persistent(
         persistent_kernel[(min(tiles, _multiprocessors(x.device)),)](
             x=describe(x, block_t, block_k) if tma else x,
             weight=describe(weight, block_n, block_k) if tma else weight,
-            num_rows=rows,
-            stride_x=x.stride(0),
-            N=n,
-            K=k,
             SPLITS=splits,
             SPLIT_LENGTH=length,
             BLOCK_N=block_n,
@@ -165,7 +161,7 @@ def linear_persistent(
             GROUP=constants["GROUP"],
             TMA=tma,
             UPCAST=x.device.type == "cpu",
-            **finish_arguments(fusion, output),
+            **launch_arguments(x, weight, fusion, output),
             enable_fp_fusion=False,  # a + b * c rounds alike whatever the layout of a tile
             num_warps=config.num_warps,
             num_stages=config.num_stages,

@@ -191,12 +191,16 @@ def empty_output(x: Tensor, weight: Tensor, fusion: Fusion, block_n: int) -> Lin
     return LinearOutput(y, torch.empty_like(y), squares)
 
 
-def finish_arguments(
-    fusion: Fusion, output: LinearOutput
+def launch_arguments(
+    x: Tensor, weight: Tensor, fusion: Fusion, output: LinearOutput
 ) -> dict[str, Tensor | int | float | None]:
-    """The arguments of `finish` that a fusion decides, by name."""
+    """What each of the kernels takes under the same name: the sizes, and what `finish` needs."""
     norm = fusion.norm
     return {
+        "num_rows": x.shape[0],
+        "stride_x": x.stride(0),
+        "N": weight.shape[0],
+        "K": weight.shape[1],
         "eps": 0.0 if norm is None else norm.eps,
         "p_y": output.y,
         "p_bias": fusion.bias,

@@ -9,7 +9,8 @@ both figures. The greedy tenant's rest is cancelled once the small one has what 
 
 A request that comes finds a step under way, and waits for its end whatever the policy. So the
 settings are those of somebody who cares for latency on a processor: a step computes few tokens, and
-a prompt of the small tenant fills several, alone as well as beside others.
+a prompt of the small tenant fills several, alone as well as beside others. For one that fits into
+a single step, the half step of waiting alone would be half of the goal.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ what they are given, by weight, differs by a constant:
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -84,7 +85,7 @@ class FairShare:
         self._settle()
         tenant = self._tenant(request)
         if tenant.num_waiting == 0:
-            tenant.counter = max(tenant.counter, self._floor())
+            tenant.counter = max(tenant.counter, self._start())
             if not tenant.has_entry:
                 tenant.has_entry = True
                 heapq.heappush(self._order, (tenant.counter, tenant.serial, tenant))
@@ -224,6 +225,16 @@ class FairShare:
         first = self._first()
         return self._virtual_time if first is None else first.counter
 
+    def _start(self) -> float:
+        """Where a tenant begins to wait: at the floor, and ahead of one there that runs already.
+
+        Ties go to the tenant that is known longest. So one that runs nothing is never passed over
+        by newcomers, however many names they have.
+        """
+        first = self._first()
+        is_served = first is not None and first.num_running > 0
+        return math.nextafter(self._floor(), -math.inf) if is_served else self._floor()
+
     def _waits_less(self, tenant: _Tenant) -> None:
         tenant.num_waiting -= 1
         if tenant.num_waiting == 0:
@@ -237,7 +248,7 @@ class FairShare:
             if len(self._tenants) >= self._sweep_at:
                 self._sweep()
             self._num_seen += 1
-            tenant = _Tenant(self._num_seen, self._floor(), request.weight)
+            tenant = _Tenant(self._num_seen, self._start(), request.weight)
             self._tenants[name] = tenant
         tenant.weight = request.weight  # the newest request's, where they differ
         return tenant

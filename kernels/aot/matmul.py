@@ -41,7 +41,7 @@ TYPES = {
     "stride_x": "i32",
     "eps": "fp32",
 }
-FUSIONS: dict[str, dict[str, Any]] = {  # what is absent in each, as finish_arguments says it
+FUSIONS: dict[str, dict[str, Any]] = {  # what is absent in each, as launch_arguments says it
     "qkv": {"p_bias": None, "p_residual": None, "NORM_TILES": 64, "SILU_MUL": False},
     "gate_up": {"p_bias": None, "p_residual": None, "NORM_TILES": 64, "SILU_MUL": True},
     "down": {"p_bias": None, "p_norm_squares": None, "NORM_TILES": 1, "SILU_MUL": False},

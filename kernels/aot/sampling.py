@@ -63,7 +63,7 @@ def _specs(prefix: str, tiles: int, keys: int) -> tuple[KernelSpec, ...]:
     one = {"tiles": 1} if tiles == 1 else {}
     padded = {"TILES": tiles} | one
     sizes = {"BINS": flat.BINS, "SUMS": flat.SUMS}
-    kernels = (
+    kernels: tuple[tuple[str, Any, int, dict[str, Any]], ...] = (
         ("stats", sampling.stats_kernel, sampling.STATS_WARPS, {"SCORED": False} | one),
         ("stats, scored", sampling.stats_kernel, sampling.STATS_WARPS, {"SCORED": True} | one),
         ("bound", filters.bound_kernel, sampling.bound_warps(tiles), padded),

@@ -172,6 +172,10 @@ class FakeRunner:
         assert work.length > 0, f"{where}: nothing to compute"
         # Only a first chunk may start anywhere: behind what the prefix cache gave.
         assert sequence.computed in (None, work.start), f"{where}: {sequence.computed} computed"
+        if sequence.computed is None:
+            given = self._at(sequence.table, work.start).tolist()
+            is_right = given == sequence.prefix[: work.start]
+            assert is_right, f"{where}: what it begins behind is another's"
         assert end <= len(sequence.tokens), f"{where}: {len(sequence.tokens)} tokens are known"
         is_whole = end == len(sequence.tokens)
         assert work.samples == is_whole, f"{where}: samples must be {is_whole}"

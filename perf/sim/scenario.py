@@ -81,19 +81,22 @@ class Scenario:
 def draw_scenario(rng: Random, max_requests: int) -> Scenario:
     """A world of up to `max_requests` requests; of exactly so many where they are many."""
     block_size = rng.choice([1, 2, 3, 4])
-    max_running = rng.randint(1, 6)
-    max_prompt, max_tokens = rng.randint(1, 20), rng.randint(1, 16)
+    is_tight = rng.random() < 0.3  # many long answers, and memory for hardly more than one
+    max_running = 6 if is_tight else rng.randint(1, 6)
+    max_prompt, max_tokens = rng.randint(1, 20), 16 if is_tight else rng.randint(1, 16)
     session = rng.choice([0.0, 0.0, 0.8])
     if session:  # prompts grow by what was answered
         max_prompt += 2 * max_tokens
     # Requests a second that come, over those that can be served, roughly.
-    load = rng.choice([0.3, 0.9, 1.5] if max_requests >= MANY else [0.3, 1.0, 10.0])
+    loads = [0.3, 0.9, 1.5] if max_requests >= MANY else [0.3, 1.0, 10.0]
+    load = loads[-1] if is_tight else rng.choice(loads)
     load *= 0.2 if session else 1.0  # each of them comes back
     longest = -(-(max_prompt + max_tokens) // block_size)
     window = rng.choice([None, None, None, 1, 3, 7])
     fewest = longest * 3 // 4 if window is None else longest // 3
+    most = longest + 2 if is_tight else longest * 3 // 2
     limits = Limits(
-        num_blocks=rng.randint(max(1, fewest), longest * 3 // 2),
+        num_blocks=rng.randint(max(1, fewest), most),
         block_size=block_size,
         max_running=max_running,
         max_step_tokens=rng.randint(max_running, max_running + 20),
@@ -125,7 +128,7 @@ def draw_scenario(rng: Random, max_requests: int) -> Scenario:
         stop=rng.choice([0.0, 0.5]),
         failure=rng.choice([0.0, 0.2]),
         lookahead=rng.choice([0.0, 0.0, 0.5, 1.0]),
-        cancel=rng.choice([0.0, 0.05, 0.3]),
+        cancel=0.0 if is_tight else rng.choice([0.0, 0.05, 0.3]),
         disconnect=rng.choice([0.0, 0.0, 0.02]),
         abandon=rng.choice([0.0, 0.0, 0.02]),
         clock_jump=rng.choice([0.0, 0.0, 0.0, 0.02]),

@@ -9,6 +9,7 @@ import pytest
 from millrace.scheduler.fair_share import OUTPUT_PRICE, PROMPT_PRICE, SWEEP_AT, FairShare
 from millrace.scheduler.invariants import check
 from millrace.scheduler.plan import StepResult
+from millrace.scheduler.policy import MAX_YIELDS
 from millrace.scheduler.request import Finish, Request
 from millrace.scheduler.scheduler import Limits, Scheduler
 
@@ -160,3 +161,124 @@ def test_who_has_yielded_often_is_spared():
     assert loop.policy.victim([old, young]) is young
     young.num_preemptions = 3
     assert loop.policy.victim([old, young]) is old
+
+
+def busy(loop, outputs=200, count=40):
+    """Every slot is taken by long requests of one tenant, and more of them wait."""
+    for _ in range(count):
+        loop.submit("greedy", prompt=8, max_tokens=outputs)
+    for _ in range(4):
+        loop.step()
+    assert loop.scheduler.num_running == SLOTS
+    return loop
+
+
+def roomy():
+    return Loop(num_blocks=400)
+
+
+def test_a_tenant_that_runs_nothing_does_not_wait_for_a_slot():
+    loop = busy(roomy())
+    small = loop.submit("small")
+    loop.step()
+    assert small in loop.started
+    assert loop.scheduler.counters.preemptions == 1
+
+
+def test_who_yields_is_the_youngest_and_goes_on_where_it_was():
+    loop = busy(roomy(), outputs=30, count=SLOTS)
+    loop.submit("small")
+    loop.step()
+    yielded = [request for request in loop.started if request.num_preemptions]
+    assert [request.id for request in yielded] == [SLOTS - 1]
+    while loop.scheduler.requests:
+        loop.step()
+    assert len(yielded[0].outputs) == 30
+
+
+def test_haste_ends_at_half_of_what_the_greedy_runs():
+    """Three requests of the small tenant at once: of six slots it gets two by others' yielding."""
+    loop = busy(roomy())
+    small = [loop.submit("small", max_tokens=200) for _ in range(3)]
+    for _ in range(20):
+        loop.step()
+    assert [request in loop.started for request in small] == [True, True, False]
+    assert loop.scheduler.counters.preemptions == 2
+
+
+def test_a_greater_weight_is_in_more_haste():
+    loop = busy(roomy())
+    small = [loop.submit("small", max_tokens=200, weight=10.0) for _ in range(SLOTS)]
+    for _ in range(20):
+        loop.step()
+    assert sum(request in loop.started for request in small) == SLOTS - 1
+
+
+def test_nobody_yields_its_last_request():
+    loop = roomy()
+    first = [loop.submit(f"tenant {index}", max_tokens=50) for index in range(SLOTS)]
+    for _ in range(3):
+        loop.step()
+    late = loop.submit("late")
+    for _ in range(20):
+        loop.step()
+    assert late not in loop.started
+    assert all(request.num_preemptions == 0 for request in first)
+
+
+def test_short_requests_without_end_make_nobody_yield_for_ever():
+    loop = busy(roomy(), outputs=100, count=SLOTS)
+    greedy = [loop.scheduler.request_at(slot) for slot in range(SLOTS)]
+    while any(request.finish is None for request in greedy):
+        if not waiting_of(loop, "tiny"):
+            loop.submit("tiny", prompt=1, max_tokens=1)
+        loop.step()
+    assert all(request.num_preemptions <= MAX_YIELDS for request in greedy)
+
+
+def test_a_prompt_that_has_begun_does_not_hold_up_another_tenants():
+    """The budget is 32 tokens a step; the greedy prompt would take it for 20 of them."""
+    loop = roomy()
+    loop.submit("greedy", prompt=640)
+    loop.submit("greedy", prompt=640)
+    for _ in range(21):  # the second has begun
+        loop.step()
+    small = loop.submit("small", prompt=48, max_tokens=2)
+    for _ in range(2):
+        loop.step()
+    assert small in loop.started
+    assert loop.scheduler.requests[small.id].num_computed == 48
+
+
+def test_a_small_tenant_beside_five_hundred_requests_waits_two_steps_more_than_alone():
+    """Steps to the first token of each of 20 requests that come while a step is under way."""
+
+    def steps_to_first_token(loop):
+        request, steps = loop.submit("small", prompt=48, max_tokens=2), 0
+        while loop.scheduler.requests[request.id].num_computed != 48:
+            loop.step()
+            steps += 1
+        while request.finish is None:
+            loop.step()
+        return steps
+
+    alone, beside = roomy(), busy(roomy(), outputs=16, count=500)
+    assert steps_to_first_token(alone) == 2
+    for _ in range(20):
+        assert steps_to_first_token(beside) <= 4
+        for _ in range(8):  # it asks for less than its share
+            beside.step()
+
+
+def test_newcomers_without_end_do_not_pass_over_a_tenant_that_runs_nothing():
+    loop = roomy()
+    for index in range(SLOTS):  # all slots are others'
+        loop.submit(f"early {index}", max_tokens=12)
+    while len(loop.started) < SLOTS:
+        loop.step()
+    old = loop.submit("old")
+    for index in range(10 * SLOTS):
+        loop.submit(f"new {index}")
+    while old not in loop.started:
+        loop.step()
+    assert loop.started[SLOTS] is old

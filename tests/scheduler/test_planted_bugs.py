@@ -130,7 +130,11 @@ BUGS = {
         Scheduler, "finish", {"self._tables.host.drop(request)": "pass"}
     ),
     "blocks are given to others before they are swapped out": Bug(
-        HostPool, "swap_out", {"self.swap_outs +=": "self.swap_outs = self.swap_outs +"}
+        HostPool,
+        "swap_out",
+        {
+            "+= zip(kept, places, strict=True)": "= [*self.swap_outs, *zip(kept, places)]",
+        },
     ),
     "more is taken for swapped in than was swapped out": Bug(
         HostPool,
@@ -168,9 +172,6 @@ BUGS = {
         Scheduler, "_grow_one", {"self._coming_blocks > num_stalled": "False"}
     ),
     "the oldest yields": Bug(Ordered, "victim", {"max(": "min("}),
-    "one request yields over and over": Bug(
-        Ordered, "_readiness_to_yield", {"request.num_preemptions < MAX_YIELDS": "True"}
-    ),
     "new requests take what the preempted gave up": Bug(
         Scheduler, "schedule", {"self.counters.preemptions == preemptions": "True"}
     ),

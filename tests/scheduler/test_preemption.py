@@ -61,3 +61,17 @@ def test_everyone_gets_through_a_cache_that_is_much_too_small(policy, caching):
     # Only where all that run have yielded so often must one of them yield once more.
     assert max(request.num_preemptions for request in requests) <= 2 * MAX_YIELDS
     assert computed < 4 * REQUESTS * (PROMPT + OUTPUT)
+
+
+@pytest.mark.parametrize("policy", ["first_come", "priority", "deadline"])
+def test_who_has_yielded_three_times_goes_on_while_others_can_yield(policy):
+    limits = Limits(8, 2, 8, 16, 8, 100)
+    order = policy_of(policy, limits)
+    requests = crowd(caching=True)[:3]
+    for arrival, request in enumerate(requests):
+        request.arrival, request.deadline_s, request.priority = arrival, 100.0, 0
+    assert order.victim(requests) is requests[2]
+    requests[2].num_preemptions = MAX_YIELDS
+    assert order.victim(requests) is requests[1]
+    requests[0].num_preemptions = requests[1].num_preemptions = MAX_YIELDS
+    assert order.victim(requests) is requests[2], "all have yielded as often: the last yields"
