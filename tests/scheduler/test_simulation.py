@@ -62,13 +62,13 @@ def test_the_worlds_are_as_rough_as_they_should_be():
         happened["swapped in"] += world.scheduler._tables.host.num_swapped_in
         preemptions[world.scenario.policy] += world.scheduler.counters.preemptions
     for what in [*Finish, "refused", "preempted", "abandoned", "next turns", "clock jumps"]:
-        assert happened[what] >= 20, happened
+        assert happened[what] >= 10, happened
     for policy in POLICIES:  # ran out of memory under each
-        assert preemptions[policy] >= 5, preemptions
+        assert preemptions[policy] >= 3, preemptions
     assert happened["shed"] >= 5, happened
     assert happened["copies"] >= 20, happened
     assert happened["swapped in"] >= 5, happened
-    assert happened["drafted"] >= 300, happened
+    assert happened["drafted"] >= 400, happened
     assert happened["hit tokens"] >= 1000, happened
     assert happened["steps"] >= 2000, happened
 
@@ -77,4 +77,4 @@ def test_a_world_of_many_requests_holds():
     """The nightly command has ten times as many in each of a thousand."""
     happened = simulate(2, MANY).tally()
     assert happened["requests"] == MANY
-    assert happened["steps"] >= MANY, happened
+    assert happened["steps"] >= MANY // 4, happened
