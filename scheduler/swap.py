@@ -72,21 +72,26 @@ class HostPool:
                 strict=True,
             )
             self.num_swapped_in += end - num_hits
-        self.drop(request)
+        self._free_places(request)
         return num_tokens if useful else 0
 
     def drop(self, request: Request) -> None:
-        """Its host blocks, if it has any, are free again."""
+        """It has ended: its host blocks are free again, and what was to be copied there is not."""
         if request.swapped is not None:
-            places = request.swapped.places
-            self._free += places
-            request.swapped = None
+            places = set(request.swapped.places)
+            self.swap_outs = [pair for pair in self.swap_outs if pair[1] not in places]
+            self._free_places(request)
 
     def lose(self, requests: Iterable[Request]) -> None:
         """Copies of steps that are lost cannot be trusted: all is free again."""
         self.swap_outs = []
         for request in requests:
-            self.drop(request)
+            self._free_places(request)
+
+    def _free_places(self, request: Request) -> None:
+        if request.swapped is not None:
+            self._free += request.swapped.places
+            request.swapped = None
 
 
 def num_shared(refs: BlockIds) -> int:
