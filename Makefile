@@ -49,6 +49,7 @@ test-interpreter: $(VENV)/.dev
 
 slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow --ignore=tests/kernels/interpreter
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m slow tests/kernels/interpreter
 
 check: $(VENV)/.dev $(LINKS)
 	$(BIN)/ruff format --check .

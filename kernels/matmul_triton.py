@@ -125,8 +125,7 @@ class Workspace:
     """Scratch for the partial sums of any of a model's weights; all layers share it.
 
     Allocated once, at its greatest: a captured graph keeps its address. Launches that share it must
-    follow one another on one stream. Tickets are zero between launches; after a launch that failed
-    `reset` them.
+    follow one another on one stream. Tickets are zero between launches.
     """
 
     partial: Tensor  # f32, flat
@@ -147,10 +146,6 @@ class Workspace:
             torch.empty(partial, dtype=torch.float32, device=device),
             torch.zeros(tickets, dtype=torch.int32, device=device),
         )
-
-    def reset(self) -> None:
-        """Zero the tickets."""
-        self.tickets.zero_()
 
     def expect(self, partial: int, tickets: int) -> None:
         """ValueError unless this much fits."""

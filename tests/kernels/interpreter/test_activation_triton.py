@@ -7,6 +7,7 @@ import torch
 
 from millrace.kernels.activation import gelu_tanh_mul_reference, silu_mul_reference
 from millrace.kernels.activation_triton import MAX_TILE, gelu_tanh_mul, silu_mul
+from millrace.kernels.matmul_fused import interleave_gate_up
 
 # exp of a large negative gate overflows on its way to a sigmoid of zero, as it should.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
@@ -44,6 +45,17 @@ def test_both_activations_agree_with_the_definition_and_the_formula(form, refere
     gate, up = gate_up.double().abs().chunk(2, dim=1)
     error = (actual.double() - reference(gate_up).double()).abs()
     assert (error <= 2 * allowed + 2.0**-23 * gate * up).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPE_STEPS, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 63), (2, MAX_TILE + 1)], ids=str)
+def test_interleaved_columns_give_the_bits_of_halves(shape, dtype):
+    gate, up = torch.randn(2, *shape).to(dtype)
+    interleaved = interleave_gate_up(gate.t(), up.t()).t().contiguous()
+    assert torch.equal(interleaved[:, 0::2], gate) and torch.equal(interleaved[:, 1::2], up)
+    expected = silu_mul(torch.cat((gate, up), dim=1))
+    assert torch.equal(silu_mul(interleaved, interleaved=True), expected)
+    torch.testing.assert_close(silu_mul_reference(interleaved, interleaved=True), expected)
 
 
 @pytest.mark.parametrize("form", [silu_mul, gelu_tanh_mul])
