@@ -231,6 +231,8 @@ class EngineCore:
             prefix_hit_tokens=totals.prefix_hit_tokens - before.prefix_hit_tokens,
             prefix_query_tokens=totals.prefix_query_tokens - before.prefix_query_tokens,
             evicted_blocks=scheduler.pool.num_evicted - self._num_evicted,
+            swapped_out_blocks=len(plan.swap_outs) if plan is not None else 0,
+            swapped_in_blocks=len(plan.swap_ins) if plan is not None else 0,
             shed=totals.shed - before.shed,
             step_s=device_s,
         )

@@ -97,6 +97,10 @@ class Metrics:
         self._evicted = self._counter(
             "prefix_evicted_blocks", "Cached KV blocks whose room was needed"
         )
+        self._swapped_out = self._counter(
+            "swapped_out_blocks", "KV blocks copied to the host, of requests that yielded"
+        )
+        self._swapped_in = self._counter("swapped_in_blocks", "KV blocks copied back from the host")
         self._preemptions = self._counter("preemptions", "Running requests put back in the queue")
         self._shed = self._counter(
             "shed", "Waiting requests ended since their deadline could not be met any more"
@@ -137,6 +141,8 @@ class Metrics:
         self._hits.inc(stats.prefix_hit_tokens)
         self._queries.inc(stats.prefix_query_tokens)
         self._evicted.inc(stats.evicted_blocks)
+        self._swapped_out.inc(stats.swapped_out_blocks)
+        self._swapped_in.inc(stats.swapped_in_blocks)
         self._preemptions.inc(stats.preemptions)
         self._shed.inc(stats.shed)
 

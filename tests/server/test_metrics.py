@@ -29,6 +29,8 @@ STATS = StepStats(
     prefix_hit_tokens=32,
     prefix_query_tokens=48,
     evicted_blocks=5,
+    swapped_out_blocks=6,
+    swapped_in_blocks=3,
     shed=2,
     step_s=0.004,
     host_s=0.001,
@@ -70,6 +72,8 @@ def test_a_step_sets_gauges_and_adds_counters() -> None:
     assert values["millrace_kv_usage_ratio"] == 0.25
     assert values["millrace_preemptions_total"] == 2
     assert values["millrace_prefix_evicted_blocks_total"] == 10
+    assert values["millrace_swapped_out_blocks_total"] == 12
+    assert values["millrace_swapped_in_blocks_total"] == 6
     assert values["millrace_shed_total"] == 4
     assert values["millrace_prefix_hit_tokens_total"] == 64
     assert values["millrace_prefix_query_tokens_total"] == 96

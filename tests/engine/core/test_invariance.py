@@ -77,6 +77,8 @@ def test_same_tokens_as_alone_when_blocks_are_swapped_to_the_host(
     world.run()
     host = world.core.scheduler._tables.host
     assert host.num_swapped_in == host.num_swapped_out > 0
+    assert sum(stats.swapped_out_blocks for stats in world.stats) == host.num_swapped_out
+    assert sum(stats.swapped_in_blocks for stats in world.stats) == host.num_swapped_in
     assert host.num_free == host.num_blocks == 100
     assert {index: world.tokens(index) for index in alone} == alone
 
