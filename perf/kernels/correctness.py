@@ -85,8 +85,12 @@ def run(session: Session) -> None:
 
 
 def _start(share: int, count: int) -> subprocess.Popen[str]:
+    command = _command(share, count)
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+
+
+def _command(share: int, count: int) -> list[str]:
     command = [sys.executable, "-u", "-P", "-m", "pytest", "-v", "-m", "gpu", TESTS]
     if find_spec("transformers") and (ROOT / RUNNER_TESTS).is_file():
         command.append(RUNNER_TESTS)
-    command += ["-p", "millrace.perf.kernels.share", "--share", f"{share}/{count}"]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    return [*command, "-p", "millrace.perf.kernels.share", "--share", f"{share}/{count}"]

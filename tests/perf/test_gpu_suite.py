@@ -291,7 +291,7 @@ def test_a_failed_test_is_a_failed_row_with_its_reason(checkout):
 def test_the_runner_s_tests_run_where_their_models_can_be_made(monkeypatch, package):
     found = {"transformers": package == "transformers"}
     monkeypatch.setattr(correctness, "find_spec", lambda name: found.get(name))
-    assert (correctness.RUNNER_TESTS in correctness._command()) == found["transformers"]
+    assert (correctness.RUNNER_TESTS in correctness._command(0, 1)) == found["transformers"]
     assert (ROOT / correctness.RUNNER_TESTS).is_file()
 
 

@@ -115,7 +115,13 @@ def a_session_world(seed: int) -> Crowd:
     return Crowd(
         Random(seed),
         dataclasses.replace(
-            scenario, session=1.0, num_requests=40, max_prompt=400, deadline=0.0, failure=0.0
+            scenario,
+            session=1.0,
+            num_requests=40,
+            max_prompt=400,
+            deadline=0.0,
+            failure=0.0,
+            lookahead=0.0,
         ),
     )
 
