@@ -110,7 +110,8 @@ def test_an_unknown_option_is_a_type_error() -> None:
 def test_every_field_of_a_request_is_an_option() -> None:
     parts = (pb.SamplingParams, pb.Stopping, pb.ResponseOptions)
     fields = {name for part in parts for name in part.DESCRIPTOR.fields_by_name}
-    assert set(Options.__annotations__) == (fields | {"timeout_ms", "request_id"}) - {"n"}
+    own = {"timeout_ms", "request_id", "priority", "tenant"}
+    assert set(Options.__annotations__) == (fields | own) - {"n"}
 
 
 def test_the_client_needs_nothing_but_grpc_and_protobuf() -> None:
