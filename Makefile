@@ -17,7 +17,7 @@ LINKS := build/typing/millrace
 # Threads of torch that spin while they wait starve the servers which the tests start.
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: demo test test-cpu test-interpreter serve bench gpu-suite check format proto slow clean
+.PHONY: demo test test-engine test-kernels serve bench gpu-suite check format proto slow clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.run
@@ -32,20 +32,20 @@ bench: $(VENV)/.dev
 gpu-suite: $(VENV)/.dev
 	$(BIN)/python -P -u -m millrace.perf.gpu_suite --out build/gpu_suite $(ARGS)
 
-# Side by side, as Triton's interpreter needs one core.
+# Side by side, as Triton's interpreter and its compiler need one core.
 test: $(VENV)/.dev
-	$(MAKE) --no-print-directory -j2 test-cpu test-interpreter
+	$(MAKE) --no-print-directory -j2 test-engine test-kernels
 
-test-cpu: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not slow" --ignore=tests/kernels/interpreter
+test-engine: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "not slow" --ignore=tests/kernels
 
 # What it printed is shown when it has ended, not in between the others.
-test-interpreter: $(VENV)/.dev
+test-kernels: $(VENV)/.dev
 	@mkdir -p build
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not slow" tests/kernels/interpreter \
-	    tests/engine/models/test_interpreted.py tests/engine/runner/test_interpreted.py \
-	    > build/test-interpreter.log 2>&1; \
-	    status=$$?; cat build/test-interpreter.log; exit $$status
+	{ TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not slow" tests/kernels/interpreter \
+	        tests/engine/models/test_interpreted.py tests/engine/runner/test_interpreted.py && \
+	    $(BIN)/python -m pytest -m "not slow" tests/kernels --ignore=tests/kernels/interpreter; \
+	    } > build/test-kernels.log 2>&1; status=$$?; cat build/test-kernels.log; exit $$status
 
 slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow --ignore=tests/kernels/interpreter
