@@ -32,7 +32,9 @@ bench: $(VENV)/.dev
 gpu-suite: $(VENV)/.dev
 	$(BIN)/python -P -u -m millrace.perf.gpu_suite --out build/gpu_suite $(ARGS)
 
-# Side by side, as Triton's interpreter and its compiler need one core.
+# Side by side, as Triton's interpreter and its compiler need one core. One thread each: a pool of
+# threads that waits for one without a core takes many times as long as the work itself.
+test test-engine test-kernels: export OMP_NUM_THREADS := 1
 test: $(VENV)/.dev
 	$(MAKE) --no-print-directory -j2 test-engine test-kernels
 
