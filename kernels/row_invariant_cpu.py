@@ -174,6 +174,7 @@ def sample(
     positions: Tensor,
     params: SlotSampling,
     scored: bool = False,
+    plain: bool = False,
 ) -> SampledTokens:
     """As `sample_cpu`, a row at a time."""
     drawn = [

@@ -20,6 +20,7 @@ from millrace.engine.runner.block_moves import BlockMoves
 from millrace.engine.runner.copies import Copies, copies_for
 from millrace.engine.runner.device_step import DeviceStep
 from millrace.engine.runner.graphs import (
+    CaptureBar,
     CudaRecorder,
     DecodeCalls,
     DirectCalls,
@@ -82,7 +83,7 @@ class Assembly:
         """The runner; NotEnoughMemory says what does not fit, and what to lower."""
         device, dtype = self.placement.device, self.placement.dtype
         measured, step_tokens = None, self.sizes.max_step_tokens
-        if device.type == "cuda" and self.config.kv_cache_memory is None:
+        if is_measured(self.config, device):
             with room_for("the largest step", self.config, device):
                 step_tokens, measured = self.measure(CudaProbe(device))
             torch.cuda.empty_cache()  # of what the trial leaves behind
@@ -143,19 +144,32 @@ class Assembly:
         return copies_for(self.placement.device, self.sizes.run_ahead + 1)
 
 
+def is_measured(config: EngineConfig, device: torch.device) -> bool:
+    """Whether a trial runner shows how large the cache may be."""
+    return device.type == "cuda" and config.kv_cache_memory is None
+
+
 def decode_calls(
-    placement: Placement, max_running: int, max_context: int, progress: Progress | None = None
+    placement: Placement,
+    max_running: int,
+    max_context: int,
+    passes: int = 1,
+    progress: Progress | None = None,
 ) -> MakeCalls:
-    """How decode steps are called: as graphs of our kernels on CUDA, directly elsewhere."""
+    """How decode steps are called: as graphs of our kernels on CUDA, directly elsewhere.
+
+    `passes` says how often a start will make them: once, or for a trial runner before.
+    """
     is_captured = placement.device.type == "cuda" and placement.operations.name in CAPTURED
+    bar = None if progress is None else CaptureBar(progress, passes)
 
     def make(step: DeviceStep) -> DecodeCalls:
         if not is_captured:
             return DirectCalls(step.decode)
         sizes, lengths = ladder(max_running), contexts(max_context)
-        ladders = (sizes, lengths, CudaRecorder(placement.device), step.addresses, progress)
-        graphs = Graphs(step.decode, *ladders, step.model.draw_rows)
-        log.info("decode graphs take %.0f MiB", graphs.num_bytes / MIB)
+        recorder = CudaRecorder(placement.device)
+        graphs = Graphs(step.decode, sizes, lengths, recorder, step.addresses, bar)
+        log.info("%d decode graphs take %.0f MiB", len(graphs), graphs.num_bytes / MIB)
         return graphs
 
     return make
