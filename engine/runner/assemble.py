@@ -94,10 +94,10 @@ class Assembly:
             calls = self.make_calls(step)
         if device.type == "cuda" and measured is None:
             with room_for("the largest step", self.config, device):  # and compiles its kernels
-                run_worst_case(step, self.copies(), step_tokens)
+                run_worst_case(step, self.copies(step), step_tokens)
         with room_for("the memory for swapping", self.config, device):
             moves = BlockMoves(step.kv.storage, self.host_blocks())
-        return Assembled(Runner(step, calls, self.copies(), moves), num_blocks, step_tokens)
+        return Assembled(Runner(step, calls, self.copies(step), moves), num_blocks, step_tokens)
 
     def host_blocks(self) -> int:
         """Blocks of host memory to swap to; with a window, too little is held to be worth it."""
@@ -115,7 +115,7 @@ class Assembly:
         model, dtype = self.decoder.config, self.placement.dtype
         step = self.step(num_blocks)
         calls = self.make_calls(step)
-        copies, fraction = self.copies(), self.config.gpu_memory_fraction
+        copies, fraction = self.copies(step), self.config.gpu_memory_fraction
 
         def budget_of(tokens: int) -> int:
             return measured_budget(probe, fraction, lambda: run_worst_case(step, copies, tokens))
@@ -139,9 +139,10 @@ class Assembly:
         )
         return DeviceStep(self.decoder, placement.operations, kv, table)
 
-    def copies(self) -> Copies:
+    def copies(self, step: DeviceStep) -> Copies:
         """As deep as steps can be in flight: those ahead, and the one that is being launched."""
-        return copies_for(self.placement.device, self.sizes.run_ahead + 1)
+        in_flight = self.sizes.run_ahead + 1
+        return copies_for(self.placement.device, in_flight, step.table.results.nbytes)
 
 
 def is_measured(config: EngineConfig, device: torch.device) -> bool:
