@@ -41,7 +41,7 @@ class LaunchedStep:
     """row that wants logprobs -> alternatives wanted"""
     prompts: dict[int, tuple[int, list[ScoredTokens]]] = field(default_factory=dict)
     """slot -> (first position scored, that position on)"""
-    _arrived: npt.NDArray[np.int64] | None = None
+    _arrived: npt.NDArray[np.int64] | None = field(default=None, init=False)
 
     def result(self) -> StepResult:
         """Wait for the tokens; to be called once, and before `logprobs`."""
