@@ -51,9 +51,9 @@ TYPES = {  # of the arguments that are not *fp32
 }
 
 
-def _spec(name: str, kernel: Any, num_warps: int, **constants: Any) -> KernelSpec:
+def _spec(name: str, kernel: Any, options: Mapping[str, int], **constants: Any) -> KernelSpec:
     types: Mapping[str, str] = {n: TYPES.get(n, "*fp32") for n in kernel.arg_names}
-    return KernelSpec(name, kernel, types, constants, num_warps)
+    return KernelSpec(name, kernel, types, constants, options)
 
 
 def _specs(prefix: str, tiles: int, keys: int) -> tuple[KernelSpec, ...]:
@@ -63,25 +63,25 @@ def _specs(prefix: str, tiles: int, keys: int) -> tuple[KernelSpec, ...]:
     one = {"tiles": 1} if tiles == 1 else {}
     padded = {"TILES": tiles} | one
     sizes = {"BINS": flat.BINS, "SUMS": flat.SUMS}
-    kernels: tuple[tuple[str, Any, int, dict[str, Any]], ...] = (
-        ("stats", sampling.stats_kernel, sampling.STATS_WARPS, {"SCORED": False} | one),
-        ("stats, scored", sampling.stats_kernel, sampling.STATS_WARPS, {"SCORED": True} | one),
-        ("bound", filters.bound_kernel, sampling.bound_warps(tiles), padded),
-        ("gather", filters.gather_kernel, sampling.GATHER_WARPS, {}),
-        ("finish", filters.finish_kernel, sampling.FINISH_WARPS, sizes | padded),
-        ("count", flat.count_kernel, sampling.FLAT_WARPS, one),
-        ("bracket", flat.bracket_kernel, sampling.BRACKET_WARPS, {}),
-        ("sift", flat.sift_kernel, sampling.FLAT_WARPS, one),
-        ("settle", flat.settle_kernel, sampling.SETTLE_WARPS, padded),
-        ("exhaust", last.exhaust_kernel, last.EXHAUST_WARPS, {}),
-        ("raw tile", logprobs.raw_tile_kernel, logprobs.WARPS, one),
-        ("pick", logprobs.pick_kernel, logprobs.pick_warps(tiles), padded),
-        ("part", logprobs.part_kernel, logprobs.PART_WARPS, one),
-        ("merge", logprobs.merge_kernel, logprobs.WARPS, {"KEYS": keys} | padded),
+    kernels: tuple[tuple[str, Any, dict[str, int], dict[str, Any]], ...] = (
+        ("stats", sampling.stats_kernel, sampling.STATS_OPTIONS, {"SCORED": False} | one),
+        ("stats, scored", sampling.stats_kernel, sampling.STATS_OPTIONS, {"SCORED": True} | one),
+        ("bound", filters.bound_kernel, filters.bound_options(tiles), padded),
+        ("gather", filters.gather_kernel, sampling.GATHER_OPTIONS, {}),
+        ("finish", filters.finish_kernel, sampling.FINISH_OPTIONS, sizes | padded),
+        ("count", flat.count_kernel, sampling.FLAT_OPTIONS, one),
+        ("bracket", flat.bracket_kernel, sampling.BRACKET_OPTIONS, {}),
+        ("sift", flat.sift_kernel, sampling.FLAT_OPTIONS, one),
+        ("settle", flat.settle_kernel, sampling.SETTLE_OPTIONS, padded),
+        ("exhaust", last.exhaust_kernel, last.EXHAUST_OPTIONS, {}),
+        ("raw tile", logprobs.raw_tile_kernel, logprobs.OPTIONS, one),
+        ("pick", logprobs.pick_kernel, logprobs.pick_options(tiles), padded),
+        ("part", logprobs.part_kernel, logprobs.PART_OPTIONS, one),
+        ("merge", logprobs.merge_kernel, logprobs.OPTIONS, {"KEYS": keys} | padded),
     )
     return tuple(
-        _spec(f"{prefix} {name}", kernel, warps, **constants)
-        for name, kernel, warps, constants in kernels
+        _spec(f"{prefix} {name}", kernel, options, **constants)
+        for name, kernel, options, constants in kernels
         if tiles > 1 or "tiles" in constants  # else nothing is specialised
     )
 
