@@ -155,6 +155,7 @@ def _measure(candidate: Row, study: Study, dry_run: bool, answer: Path) -> None:
     session = Session(device, dry_run, 0, time.monotonic() + LIMIT_S, lambda row: None)
     times_us: list[float] = []
     why = f"no case begins with {' or '.join(map(repr, study.cases))}"
+    why += f" and has {study.provider!r}"
     for case in cases_of(study, device, dry_run):
         ours = case.providers[study.provider]
         timing = ours.reason if isinstance(ours, Absent) else session.checked_timing(case, ours)
