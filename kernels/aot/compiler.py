@@ -19,6 +19,8 @@ from triton.compiler import ASTSource
 
 ALIGNED = [["tt.divisibility", 16]]
 """What Triton knows of a pointer that PyTorch allocated, or of an integer that 16 divides."""
+LISTS_CONSTANTS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
+"""Whether a launch says of constants, too, that nothing is known: since Triton 3.7 it does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +126,9 @@ def _attributes(spec: KernelSpec, types: Mapping[str, Any]) -> dict[tuple[int, .
             found |= {(i_argument, i): ALIGNED for i in pointers}
         elif kind.startswith("*") or param.name in spec.aligned:
             found[(i_argument,)] = ALIGNED
-        elif kind == "constexpr" or (kind.startswith("i") and not param.do_not_specialize):
+        elif kind == "constexpr":
+            found |= {(i_argument,): []} if LISTS_CONSTANTS else {}
+        elif kind.startswith("i") and not param.do_not_specialize:
             found[(i_argument,)] = []
     return found
 
