@@ -12,44 +12,30 @@ import torch
 
 pytest.importorskip("triton")
 
-from millrace.kernels import (
-    activation_triton,
-    attention_triton,
-    fused_model,
-    gemv_triton,
-    kv_append_triton,
-    matmul_persistent_triton,
-    matmul_plan,
-    norm_triton,
-)
+from millrace.kernels.activation_triton import gated_config
+from millrace.kernels.attention_triton import attention_config
 from millrace.kernels.configs import FILE
-from millrace.perf.kernels import bench_head, bench_matmul
+from millrace.kernels.gemv_triton import gemv_config
+from millrace.kernels.kv_append_triton import append_config
+from millrace.kernels.matmul_persistent_triton import persistent_config
+from millrace.kernels.matmul_plan import decode_config
+from millrace.kernels.norm_triton import norm_config
+from millrace.perf.kernels import bench_activation, bench_head, bench_matmul, bench_norm
 from millrace.perf.kernels.case import OURS
 from millrace.perf.kernels.studies import APPEND_CASES, ATTENTION_CASES, studies
 from millrace.perf.kernels.tune_rows import chosen
 
-LAUNCHERS = (
-    activation_triton,
-    attention_triton,
-    fused_model,
-    gemv_triton,
-    kv_append_triton,
-    matmul_persistent_triton,
-    matmul_plan,
-    norm_triton,
-)
 CPU = torch.device("cpu")
 
 
 def asked_for():
-    """The op of each call of launch_config in the kernels' sources."""
-    calls = [
-        node
+    """(module, op) of each call of launch_config in the kernels' sources."""
+    return [
+        (path.stem, node.args[0].value)
         for path in FILE.parent.glob("*.py")
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "launch_config"
     ]
-    return [call.args[0].value for call in calls]
 
 
 def written_by_rows():
@@ -64,9 +50,8 @@ def written_by_rows():
 
 
 def test_every_op_that_a_launcher_asks_for_is_written_by_one_of_the_two():
-    ops = asked_for()
-    assert len(ops) == len(LAUNCHERS), "a launcher that this file does not know"
-    assert set(ops) == {study.op for study in studies()} | written_by_rows()
+    ops = {op for _, op in asked_for()}
+    assert ops == {study.op for study in studies()} | written_by_rows()
 
 
 def test_no_row_is_studied_twice():
@@ -83,25 +68,23 @@ def asked(monkeypatch):
         found[op, key] = set(default.constants)
         return default
 
-    for module in LAUNCHERS:
-        monkeypatch.setattr(module, "launch_config", record)
+    for module, _ in asked_for():
+        monkeypatch.setattr(f"millrace.kernels.{module}.launch_config", record)
     return found
 
 
 def test_launchers_ask_for_the_keys_and_know_the_constants_of_the_studies(asked):
     for head_dim in ATTENTION_CASES:
-        attention_triton.attention_config.__wrapped__(CPU, torch.bfloat16, head_dim)
+        attention_config.__wrapped__(CPU, torch.bfloat16, head_dim)
     for head_dim in APPEND_CASES:
-        kv_append_triton.append_config.__wrapped__(head_dim, CPU)
-    for hidden in (2048, 4096, 8192):
-        norm_triton.norm_config.__wrapped__(hidden, CPU)
-    for ffn in (8192, 14336):
-        activation_triton.gated_config.__wrapped__(ffn, CPU)
+        append_config.__wrapped__(head_dim, CPU)
+    for hidden in bench_norm.HIDDEN:
+        norm_config.__wrapped__(hidden, CPU)
+    for ffn in bench_activation.WIDTHS:
+        gated_config.__wrapped__(ffn, CPU)
     for n, k in bench_matmul.LAYERS.values():
-        weight = torch.empty(n, k, dtype=torch.bfloat16, device="meta")
-        matmul_plan.decode_config(weight)
-        gemv_triton.gemv_config(weight)
-        matmul_persistent_triton.persistent_config(weight)
+        for config in (decode_config, gemv_config, persistent_config):
+            config(torch.empty(n, k, dtype=bench_matmul.DTYPE, device="meta"))
     for study in studies():
         names = {text.partition("=")[0] for text in study.constants}
         assert names <= asked[study.op, study.key], study

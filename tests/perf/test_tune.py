@@ -40,8 +40,8 @@ def test_a_kernel_reads_the_row_that_was_written(tmp_path, monkeypatch):
 
 def test_a_dry_run_measures_and_writes_nothing():
     before = FILE.read_bytes()
-    arguments = ["--op", "paged_attention", "--key", "bf16 D16", "--part", "attention"]
-    arguments += ["--case", "decode b2", "--warps", "4", "--stages", "2", "--dry-run"]
+    arguments = ["--op", "norm", "--key", "E96", "--part", "norm", "--kernel", "rms_norm"]
+    arguments += ["--case", "3 x 96", "--warps", "4", "--stages", "2", "--dry-run"]
     done = subprocess.run(
         [sys.executable, "-P", "-m", "millrace.perf.kernels.tune", *arguments],
         env={**os.environ, "TRITON_INTERPRET": "1"},
