@@ -60,9 +60,9 @@ OPTIONS = {"num_warps": 8}
 PART_OPTIONS = {"num_warps": 16, **UNFUSED}
 
 
-def pick_options(tiles: int) -> dict[str, int]:
-    """As many warps as hold the group maxima of `tiles` tiles, a power of two, without a spill."""
-    return {**bound_options(tiles), **UNFUSED}
+def pick_options(tiles: int, amd: bool = torch.version.hip is not None) -> dict[str, int]:
+    """The warps of the sampler's bound: both hold the group maxima of `tiles` tiles."""
+    return {**bound_options(tiles, amd), **UNFUSED}
 
 
 _TILE = tl.constexpr(TILE)

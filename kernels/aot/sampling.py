@@ -1,6 +1,7 @@
 """The signatures with which sampling and logprobs are launched."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from millrace.kernels import (
@@ -49,6 +50,7 @@ TYPES = {  # of the arguments that are not *fp32
     "vocab": "i32",
     "num_top": "i32",
 }
+CUDA, AMD = ("sm_80", "sm_90", "sm_100"), ("gfx942",)
 
 
 def _spec(name: str, kernel: Any, options: Mapping[str, int], **constants: Any) -> KernelSpec:
@@ -66,7 +68,6 @@ def _specs(prefix: str, tiles: int, keys: int) -> tuple[KernelSpec, ...]:
     kernels: tuple[tuple[str, Any, dict[str, int], dict[str, Any]], ...] = (
         ("stats", sampling.stats_kernel, sampling.STATS_OPTIONS, {"SCORED": False} | one),
         ("stats, scored", sampling.stats_kernel, sampling.STATS_OPTIONS, {"SCORED": True} | one),
-        ("bound", filters.bound_kernel, filters.bound_options(tiles), padded),
         ("gather", filters.gather_kernel, sampling.GATHER_OPTIONS, {}),
         ("finish", filters.finish_kernel, sampling.FINISH_OPTIONS, sizes | padded),
         ("count", flat.count_kernel, sampling.FLAT_OPTIONS, one),
@@ -75,15 +76,26 @@ def _specs(prefix: str, tiles: int, keys: int) -> tuple[KernelSpec, ...]:
         ("settle", flat.settle_kernel, sampling.SETTLE_OPTIONS, padded),
         ("exhaust", last.exhaust_kernel, last.EXHAUST_OPTIONS, {}),
         ("raw tile", logprobs.raw_tile_kernel, logprobs.OPTIONS, one),
-        ("pick", logprobs.pick_kernel, logprobs.pick_options(tiles), padded),
         ("part", logprobs.part_kernel, logprobs.PART_OPTIONS, one),
         ("merge", logprobs.merge_kernel, logprobs.OPTIONS, {"KEYS": keys} | padded),
     )
-    return tuple(
+    everywhere = (
         _spec(f"{prefix} {name}", kernel, options, **constants)
         for name, kernel, options, constants in kernels
         if tiles > 1 or "tiles" in constants  # else nothing is specialised
     )
+    return (*everywhere, *_by_vendor(prefix, padded))
+
+
+def _by_vendor(prefix: str, padded: Mapping[str, int]) -> Iterator[KernelSpec]:
+    """Those whose warps hold a row's group maxima: of a warp, AMD's registers are twice as many."""
+    for amd, targets, vendor in ((False, CUDA, ""), (True, AMD, " AMD")):
+        options = sampling_filters_triton.bound_options(padded["TILES"], amd)
+        bound = _spec(f"{prefix} bound", sampling_filters_triton.bound_kernel, options, **padded)
+        options = logprobs_triton.pick_options(padded["TILES"], amd)
+        pick = _spec(f"{prefix} pick", logprobs_triton.pick_kernel, options, **padded)
+        for spec in (bound, pick):
+            yield replace(spec, name=spec.name + vendor, targets=targets)
 
 
 SPECS = (*_specs("sampling", tiles=64, keys=4096), *_specs("sampling, one tile,", 1, keys=32))
