@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -16,9 +17,12 @@ class PeerName(StrEnum):
 
     transformers = "transformers"
     transformers_fp32 = "transformers-fp32"
+    vllm = "vllm"
+    vllm_fp32 = "vllm-fp32"
 
 
 STREAMS = (1, 16, 64)
+PEER_STREAMS = (16,)
 
 BenchTarget = Annotated[
     str | None,
@@ -39,7 +43,14 @@ OutputTokens = Annotated[
 ]
 Peers = Annotated[
     list[PeerName],
-    typer.Option(help="measure this beside, in turn with Millrace (transformers: in bf16); repeat"),
+    typer.Option(help="measure this beside, in turn with Millrace (in bf16, or fp32); repeat"),
+]
+PeerStreams = Annotated[
+    list[int], typer.Option(metavar="N", min=1, help="prompts of a peer's batch; repeat")
+]
+VllmPython = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", help="a Python that has vLLM, if this one has none"),
 ]
 JsonFile = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="write the JSON of the last line here")
@@ -54,6 +65,8 @@ def bench(
     prompt_tokens: PromptTokens = 128,
     output_tokens: OutputTokens = 128,
     peer: Peers = (),  # type: ignore[assignment]
+    peer_streams: PeerStreams = PEER_STREAMS,  # type: ignore[assignment]
+    vllm_python: VllmPython = None,
     json: JsonFile = None,
 ) -> None:
     """Measure tokens/s and latency over real gRPC streams; the last line is JSON."""
@@ -66,5 +79,7 @@ def bench(
         output_tokens=output_tokens,
         peers=tuple(name.value for name in peer),
         seed=config.seed or 0,
+        peer_streams=tuple(peer_streams),
+        vllm_python=vllm_python or sys.executable,
     )
     run(plan, config, target, json)
