@@ -30,8 +30,9 @@ from millrace.engine.weights.checkpoint import open_checkpoint
 from millrace.engine.weights.locate import resolve
 from millrace.perf.cpu_time import cpu_seconds_of_tree
 from millrace.perf.environment import environment
-from millrace.perf.loadgen.drive import closed_loop
+from millrace.perf.loadgen.drive import Run, closed_loop
 from millrace.perf.loadgen.report import Spread, Summary, summarize
+from millrace.perf.loadgen.tenants import Tenant, assign, by_tenant, tenant_lines
 from millrace.perf.loadgen.transport import GenerateSender
 from millrace.perf.loadgen.workload import random_ids, random_requests
 from millrace.perf.peers.process import PeerFailed, PeerProcess
@@ -62,6 +63,7 @@ class Plan:
     peers: tuple[str, ...]  # names in PEER_DTYPES
     seed: int
     peer_streams: tuple[int, ...] = (16,)  # of each peer
+    tenants: tuple[Tenant, ...] = ()  # who sends; none: nobody by name
     vllm_python: str = sys.executable  # an interpreter that can import vLLM
 
 
@@ -98,6 +100,7 @@ class Level:
 
     streams: int
     summaries: list[Summary] = field(default_factory=list)
+    tenants: list[dict[str, Summary]] = field(default_factory=list)  # by name, of each repetition
     cpu: list[CpuUse] = field(default_factory=list)  # empty for a server of somebody else's
 
     @property
@@ -124,7 +127,7 @@ def run(plan: Plan, config: EngineConfig, target: str | None, json_file: Path | 
         about = {name: peer.about for name, peer in peers.items()}
     Console().print(_table(levels))
     result = _result(levels, peer_levels) | {"peer_versions": about}
-    for line in _findings(result):
+    for line in [*_findings(result), *_tenant_findings(levels)]:
         print(line)
     text = json.dumps({"environment": found_at, "server": options, "plan": asdict(plan), **result})
     if json_file is not None:
@@ -198,10 +201,12 @@ class Bench:
         self, inference: InferenceStub, vocab_size: int, level: Level, repeat: int
     ) -> None:
         before = self._cpu_now()
-        summary = await self._run(
+        done = await self._run(
             inference, vocab_size, level.streams, self._plan.output_tokens, repeat
         )
+        summary = summarize(done)
         level.summaries.append(summary)
+        level.tenants.append(by_tenant(done))
         after = self._cpu_now()
         if before is not None and after is not None:
             spent = (late - early for late, early in zip(after, before, strict=True))
@@ -215,17 +220,18 @@ class Bench:
         streams: int,
         output_tokens: int,
         repeat: int | None,
-    ) -> Summary:
+    ) -> Run:
         """One closed loop of as many requests as streams: all start together, as a batch would."""
         plan = self._plan
         seed = self._seed(streams, repeat)
         requests = random_requests(streams, plan.prompt_tokens, output_tokens, vocab_size, seed)
+        assign(requests, plan.tenants)
         done = await closed_loop(GenerateSender(inference), requests, streams)
         failed = [record for record in done.records if not record.ok]
         if failed:
             message = f"{len(failed)} of {streams} requests failed: "
             raise MillraceError(f"{message}{failed[0].status}: {failed[0].message}")
-        return summarize(done)
+        return done
 
     def _cpu_now(self) -> tuple[float, float, float] | None:
         """The fields of CpuUse, since the server's start."""
@@ -281,6 +287,10 @@ def _result(levels: list[Level], peer_levels: Sequence[PeerLevel]) -> dict[str, 
                 "scaling": level.rate / base.rate,
                 "overhead": level.overhead,
                 "runs": [asdict(summary) for summary in level.summaries],
+                "tenants": [
+                    {name: asdict(summary) for name, summary in shares.items()}
+                    for shares in level.tenants
+                ],
                 "cpu": [asdict(use) for use in level.cpu],
             }
             for level in levels
@@ -314,6 +324,14 @@ def _findings(result: dict[str, Any]) -> list[str]:
         ratio = peer["ratio"]
         lines.append(line + (f"; Millrace is {ratio:.2f} x as fast" if ratio is not None else ""))
     return lines
+
+
+def _tenant_findings(levels: list[Level]) -> Iterator[str]:
+    """What each tenant got, in each repetition: they are few, and no median hides an outlier."""
+    for level in levels:
+        for repeat, shares in enumerate(level.tenants, 1):
+            for line in tenant_lines(shares):
+                yield f"{level.streams} streams, repetition {repeat}, {line}"
 
 
 def _describe(model: pb.GetModelResponse) -> dict[str, Any]:

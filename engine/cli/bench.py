@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from millrace.engine.config import EngineConfig
+from millrace.engine.errors import InvalidRequest
 
 
 class PeerName(StrEnum):
@@ -48,6 +49,15 @@ Peers = Annotated[
 PeerStreams = Annotated[
     list[int], typer.Option(metavar="N", min=1, help="prompts of a peer's batch; repeat")
 ]
+Tenants = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME:SHARE[:PRIORITY],...", help="who sends how much of it, reported by tenant"
+    ),
+]
+Priority = Annotated[
+    int | None, typer.Option(metavar="N", min=0, max=9, help="of tenants that give none")
+]
 VllmPython = Annotated[
     str | None,
     typer.Option(metavar="FILE", help="a Python that has vLLM, if this one has none"),
@@ -67,11 +77,18 @@ def bench(
     peer: Peers = (),  # type: ignore[assignment]
     peer_streams: PeerStreams = PEER_STREAMS,  # type: ignore[assignment]
     vllm_python: VllmPython = None,
+    tenants: Tenants = None,
+    priority: Priority = None,
     json: JsonFile = None,
 ) -> None:
     """Measure tokens/s and latency over real gRPC streams; the last line is JSON."""
     from millrace.perf.bench import Plan, run
+    from millrace.perf.loadgen.tenants import FORM, parse_tenants
 
+    try:
+        senders = parse_tenants(tenants, priority)
+    except ValueError as error:
+        raise InvalidRequest(f"tenants: {error}", "tenants", FORM) from error
     plan = Plan(
         levels=tuple(streams),
         repeats=repeats,
@@ -80,6 +97,7 @@ def bench(
         peers=tuple(name.value for name in peer),
         seed=config.seed or 0,
         peer_streams=tuple(peer_streams),
+        tenants=senders,
         vllm_python=vllm_python or sys.executable,
     )
     run(plan, config, target, json)

@@ -19,6 +19,7 @@ from millrace.perf.environment import environment
 from millrace.perf.loadgen.drive import Run
 from millrace.perf.loadgen.record import Record
 from millrace.perf.loadgen.report import summarize
+from millrace.perf.loadgen.tenants import parse_tenants
 from millrace.perf.peers.process import PeerProcess
 from millrace.perf.server_process import ServerProcess, metric
 from millrace.v1 import inference_pb2 as pb
@@ -54,6 +55,17 @@ def test_prompts_are_new_in_every_repetition(serve_script, script):
     bench.run(PLAN, EngineConfig(), serve_script(scripted), None)
     assert len(scripted.prompts) == 4 + 2 * (1 + 4)
     assert len(set(scripted.prompts)) == len(scripted.prompts)
+
+
+def test_tenants_are_reported_apart(serve_script, script, capsys):
+    plan = replace(PLAN, levels=(4,), tenants=parse_tenants("chat:3,batch:1"))
+    bench.run(plan, EngineConfig(), serve_script(script()), None)
+    *lines, last = capsys.readouterr().out.strip().splitlines()
+    (level,) = json.loads(last)["levels"]
+    assert [{name: t["successful"] for name, t in run.items()} for run in level["tenants"]] == [
+        {"chat": 3, "batch": 1}
+    ] * 2
+    assert any(line.startswith("4 streams, repetition 2, tenant batch: 1 req") for line in lines)
 
 
 def test_a_failed_request_leaves_no_figures(serve_script, script, capsys):
