@@ -363,38 +363,6 @@ def test_a_request_may_decline_the_cache_and_so_may_the_whole_scheduler(caching)
     assert plan_of(scheduler).prefill[0].start == 0
 
 
-def serve(scheduler: Scheduler, request: Request, *tokens: int) -> list[PrefillChunk]:
-    """Alone and to its end; returns the chunks of its prompt."""
-    submit(scheduler, request)
-    chunks, coming = [], iter(tokens)
-    while not scheduler.is_idle:
-        plan = plan_of(scheduler)
-        chunks += plan.prefill
-        apply(scheduler, plan, (request.slot, next(coming)))
-    return chunks
-
-
-def test_an_answer_is_cached_behind_a_prompt_that_others_computed_too():
-    """The first one's blocks stay, and the second's answer hangs below them."""
-    scheduler, prompt, answer = make_scheduler(), list(range(8)), [50, 51, 52, 53, 54, 55, 56]
-    serve(scheduler, make_request(0, prompt, max_tokens=1), 9)
-    kept = scheduler.cache.match(np.asarray(prompt, np.int32)).tolist()
-    (chunk,) = serve(scheduler, make_request(1, prompt, max_tokens=7, read_cache=False), *answer)
-    assert chunk.length == 8, "it computes every position of its prompt"
-    assert len(scheduler.cache) == 4, "two blocks of the prompt, one of the answer, and its tail"
-    (chunk,) = serve(scheduler, make_request(2, [*prompt, *answer, 7, 8], max_tokens=1), 9)
-    assert chunk.start == 14
-    assert scheduler.cache.match(np.asarray(prompt, np.int32)).tolist() == kept
-
-
-def test_a_copy_of_what_is_cached_goes_back_whole():
-    scheduler, prompt = make_scheduler(), list(range(8))
-    for index in range(3):
-        serve(scheduler, make_request(index, prompt, max_tokens=1, read_cache=False), 9)
-    assert len(scheduler.cache) == 2
-    assert scheduler.pool.num_available == 16
-
-
 def test_a_prompt_that_comes_twice_at_once_is_computed_once():
     scheduler = make_scheduler(max_step_tokens=6)
     prompt = list(range(15))
