@@ -10,8 +10,9 @@ from __future__ import annotations
 import asyncio
 import json
 import statistics
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,19 +26,28 @@ from rich.table import Table
 
 from millrace.engine.config import EngineConfig
 from millrace.engine.errors import EngineUnavailable, MillraceError
+from millrace.engine.weights.checkpoint import open_checkpoint
+from millrace.engine.weights.locate import resolve
 from millrace.perf.cpu_time import cpu_seconds_of_tree
 from millrace.perf.environment import environment
-from millrace.perf.loadgen.drive import closed_loop
+from millrace.perf.loadgen.drive import Run, closed_loop
 from millrace.perf.loadgen.report import Spread, Summary, summarize
+from millrace.perf.loadgen.tenants import Tenant, assign, by_tenant, tenant_lines
 from millrace.perf.loadgen.transport import GenerateSender
-from millrace.perf.loadgen.workload import random_requests
-from millrace.perf.peers.transformers_peer import TransformersPeer
+from millrace.perf.loadgen.workload import random_ids, random_requests
+from millrace.perf.peers.process import PeerFailed, PeerProcess
+from millrace.perf.peers.transformers_peer import transformers_peer
+from millrace.perf.peers.vllm_peer import Size, vllm_peer
 from millrace.perf.server_process import ServerProcess, metric
 from millrace.v1 import inference_pb2 as pb
 from millrace.v1.inference_pb2_grpc import InferenceStub
 
-PEER_STREAMS = 16
-PEER_DTYPES = {"transformers": "bfloat16", "transformers-fp32": "float32"}
+PEER_DTYPES = {
+    "transformers": "bfloat16",
+    "transformers-fp32": "float32",
+    "vllm": "bfloat16",
+    "vllm-fp32": "float32",
+}
 WARM_UP_TOKENS = 4
 WARM_UP_SEED = 2**31  # of prompts that no measurement uses
 
@@ -52,6 +62,22 @@ class Plan:
     output_tokens: int
     peers: tuple[str, ...]  # names in PEER_DTYPES
     seed: int
+    peer_streams: tuple[int, ...] = (16,)  # of each peer
+    tenants: tuple[Tenant, ...] = ()  # who sends; none: nobody by name
+    vllm_python: str = sys.executable  # an interpreter that can import vLLM
+
+
+@dataclass(slots=True)
+class PeerLevel:
+    """All repetitions of one batch by one peer."""
+
+    name: str
+    streams: int
+    rates: list[float] = field(default_factory=list)  # output tokens a second
+
+    @property
+    def rate(self) -> float:
+        return statistics.median(self.rates)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +100,7 @@ class Level:
 
     streams: int
     summaries: list[Summary] = field(default_factory=list)
+    tenants: list[dict[str, Summary]] = field(default_factory=list)  # by name, of each repetition
     cpu: list[CpuUse] = field(default_factory=list)  # empty for a server of somebody else's
 
     @property
@@ -94,12 +121,13 @@ def run(plan: Plan, config: EngineConfig, target: str | None, json_file: Path | 
     found_at = environment(plan.seed)
     with ExitStack() as stack:
         server = None if target is not None else stack.enter_context(_start_server(config))
-        peers = {name: stack.enter_context(_start_peer(name, plan, config)) for name in plan.peers}
+        peers = {name: _enter(stack, name, plan, config) for name in plan.peers}
         bench = Bench(plan, target or (server.target if server else ""), server)
-        levels, peer_rates, options = asyncio.run(bench.measure(peers))
+        levels, peer_levels, options = asyncio.run(bench.measure(peers))
+        about = {name: peer.about for name, peer in peers.items()}
     Console().print(_table(levels))
-    result = _result(levels, peer_rates)
-    for line in _findings(result):
+    result = _result(levels, peer_levels) | {"peer_versions": about}
+    for line in [*_findings(result), *_tenant_findings(levels)]:
         print(line)
     text = json.dumps({"environment": found_at, "server": options, "plan": asdict(plan), **result})
     if json_file is not None:
@@ -116,12 +144,12 @@ class Bench:
         self._server = server
 
     async def measure(
-        self, peers: Mapping[str, TransformersPeer]
-    ) -> tuple[list[Level], dict[str, list[float]], dict[str, Any]]:
-        """All repetitions; returns the levels, each peer's tokens a second, and the server."""
+        self, peers: Mapping[str, PeerProcess]
+    ) -> tuple[list[Level], list[PeerLevel], dict[str, Any]]:
+        """All repetitions; returns the levels, those of the peers, and the server."""
         plan = self._plan
         levels = [Level(streams) for streams in plan.levels]
-        peer_rates: dict[str, list[float]] = {name: [] for name in peers}
+        peer_levels = [PeerLevel(name, n) for name in peers for n in plan.peer_streams]
         async with grpc.aio.insecure_channel(self._target) as channel:
             inference = InferenceStub(channel)  # type: ignore[no-untyped-call]
             try:
@@ -129,26 +157,56 @@ class Bench:
             except grpc.aio.AioRpcError as error:
                 message = f"no server answers at {self._target}: {error.code().name}"
                 raise EngineUnavailable(message) from error
-            await self._run(inference, model.vocab_size, plan.levels[-1], WARM_UP_TOKENS, None)
+            vocab_size = model.vocab_size
+            await self._run(inference, vocab_size, plan.levels[-1], WARM_UP_TOKENS, None)
+            for peer_level in peer_levels:
+                peer = peers[peer_level.name]
+                await self._ask(peer, vocab_size, peer_level.streams, WARM_UP_TOKENS, None)
             for repeat in range(plan.repeats):
-                turns: Sequence[Level | str] = [*levels, *peers]
+                turns: Sequence[Level | PeerLevel] = [*levels, *peer_levels]
                 for turn in turns if repeat % 2 == 0 else reversed(turns):
                     if isinstance(turn, Level):
-                        await self._measure_level(inference, model.vocab_size, turn, repeat)
+                        await self._measure_level(inference, vocab_size, turn, repeat)
                     else:
-                        rate = await asyncio.to_thread(peers[turn].measure, plan.seed, repeat)
-                        _say(f"{turn}, {PEER_STREAMS} streams: {rate:.1f} tokens/s")
-                        peer_rates[turn].append(rate)
-        return levels, peer_rates, _describe(model)
+                        await self._measure_peer(peers[turn.name], vocab_size, turn, repeat)
+        return levels, peer_levels, _describe(model)
+
+    async def _measure_peer(
+        self, peer: PeerProcess, vocab_size: int, level: PeerLevel, repeat: int
+    ) -> None:
+        tokens = self._plan.output_tokens
+        level.rates.append(await self._ask(peer, vocab_size, level.streams, tokens, repeat))
+        _say(f"{level.name}, {level.streams} streams: {level.rates[-1]:.1f} tokens/s")
+
+    async def _ask(
+        self,
+        peer: PeerProcess,
+        vocab_size: int,
+        streams: int,
+        output_tokens: int,
+        repeat: int | None,
+    ) -> float:
+        """One batch of a peer: the prompts that so many streams of Millrace's have."""
+        seed, length = self._seed(streams, repeat), self._plan.prompt_tokens
+        prompts = [random_ids(length, vocab_size, [*seed, row]) for row in range(streams)]
+        try:
+            return await asyncio.to_thread(peer.measure, prompts, output_tokens)
+        except PeerFailed as error:
+            raise MillraceError(f"a peer failed: {error}") from error
+
+    def _seed(self, streams: int, repeat: int | None) -> list[int]:
+        return [self._plan.seed, WARM_UP_SEED if repeat is None else repeat, streams]
 
     async def _measure_level(
         self, inference: InferenceStub, vocab_size: int, level: Level, repeat: int
     ) -> None:
         before = self._cpu_now()
-        summary = await self._run(
+        done = await self._run(
             inference, vocab_size, level.streams, self._plan.output_tokens, repeat
         )
+        summary = summarize(done)
         level.summaries.append(summary)
+        level.tenants.append(by_tenant(done))
         after = self._cpu_now()
         if before is not None and after is not None:
             spent = (late - early for late, early in zip(after, before, strict=True))
@@ -162,17 +220,18 @@ class Bench:
         streams: int,
         output_tokens: int,
         repeat: int | None,
-    ) -> Summary:
+    ) -> Run:
         """One closed loop of as many requests as streams: all start together, as a batch would."""
         plan = self._plan
-        seed = [plan.seed, WARM_UP_SEED if repeat is None else repeat, streams]
+        seed = self._seed(streams, repeat)
         requests = random_requests(streams, plan.prompt_tokens, output_tokens, vocab_size, seed)
+        assign(requests, plan.tenants)
         done = await closed_loop(GenerateSender(inference), requests, streams)
         failed = [record for record in done.records if not record.ok]
         if failed:
             message = f"{len(failed)} of {streams} requests failed: "
             raise MillraceError(f"{message}{failed[0].status}: {failed[0].message}")
-        return summarize(done)
+        return done
 
     def _cpu_now(self) -> tuple[float, float, float] | None:
         """The fields of CpuUse, since the server's start."""
@@ -194,18 +253,32 @@ def _start_server(config: EngineConfig) -> Iterator[ServerProcess]:
             yield server
 
 
-def _start_peer(name: str, plan: Plan, config: EngineConfig) -> TransformersPeer:
+def _enter(stack: ExitStack, name: str, plan: Plan, config: EngineConfig) -> PeerProcess:
+    """A peer that is ready; MillraceError, with its last words, where it does not come up."""
+    _say(f"starting {name}")
+    try:
+        return stack.enter_context(_start_peer(name, plan, config))
+    except PeerFailed as error:
+        raise MillraceError(f"{name} does not start: {error}") from error
+
+
+def _start_peer(name: str, plan: Plan, config: EngineConfig) -> AbstractContextManager[PeerProcess]:
     dtype = PEER_DTYPES[name]
-    return TransformersPeer(PEER_STREAMS, plan.prompt_tokens, plan.output_tokens, dtype, config)
+    if name.startswith("transformers"):
+        return transformers_peer(config, dtype)
+    found = open_checkpoint(resolve(config.model, config.revision).path).config
+    context = plan.prompt_tokens + plan.output_tokens
+    size = Size(max(plan.peer_streams), context)
+    return vllm_peer(plan.vllm_python, found, dtype, size, threads=config.threads)
 
 
 # ---------------------------------------------------------------- results
 
 
-def _result(levels: list[Level], peer_rates: Mapping[str, list[float]]) -> dict[str, Any]:
+def _result(levels: list[Level], peer_levels: Sequence[PeerLevel]) -> dict[str, Any]:
     """Everything measured, for the JSON line."""
     base = min(levels, key=lambda level: level.streams)
-    same = [level.rate for level in levels if level.streams == PEER_STREAMS]
+    ours = {level.streams: level.rate for level in levels}
     return {
         "levels": [
             {
@@ -214,6 +287,10 @@ def _result(levels: list[Level], peer_rates: Mapping[str, list[float]]) -> dict[
                 "scaling": level.rate / base.rate,
                 "overhead": level.overhead,
                 "runs": [asdict(summary) for summary in level.summaries],
+                "tenants": [
+                    {name: asdict(summary) for name, summary in shares.items()}
+                    for shares in level.tenants
+                ],
                 "cpu": [asdict(use) for use in level.cpu],
             }
             for level in levels
@@ -221,13 +298,13 @@ def _result(levels: list[Level], peer_rates: Mapping[str, list[float]]) -> dict[
         "base_streams": base.streams,
         "peers": [
             {
-                "name": name,
-                "streams": PEER_STREAMS,
-                "tokens_per_s": statistics.median(rates),
-                "ratio": same[0] / statistics.median(rates) if same else None,
-                "runs": rates,
+                "name": peer.name,
+                "streams": peer.streams,
+                "tokens_per_s": peer.rate,
+                "ratio": ours[peer.streams] / peer.rate if peer.streams in ours else None,
+                "runs": peer.rates,
             }
-            for name, rates in peer_rates.items()
+            for peer in peer_levels
         ],
     }
 
@@ -247,6 +324,14 @@ def _findings(result: dict[str, Any]) -> list[str]:
         ratio = peer["ratio"]
         lines.append(line + (f"; Millrace is {ratio:.2f} x as fast" if ratio is not None else ""))
     return lines
+
+
+def _tenant_findings(levels: list[Level]) -> Iterator[str]:
+    """What each tenant got, in each repetition: they are few, and no median hides an outlier."""
+    for level in levels:
+        for repeat, shares in enumerate(level.tenants, 1):
+            for line in tenant_lines(shares):
+                yield f"{level.streams} streams, repetition {repeat}, {line}"
 
 
 def _describe(model: pb.GetModelResponse) -> dict[str, Any]:

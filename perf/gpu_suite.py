@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -47,6 +48,7 @@ class Part:
     needs_ceilings: bool = True
     compile_s: float = 0.0  # first compile its kernels in several processes, for at most so long
     entry: str = "run"
+    by_name: bool = False  # runs only where `--only` names it: it alone takes minutes
 
 
 CEILINGS = Part("ceilings", "millrace.perf.kernels.ceilings", 20, needs_ceilings=False)
@@ -66,6 +68,7 @@ PARTS = (  # the budgets together are no more than TOTAL_S: no part lives on ano
     Part("deterministic", "millrace.perf.e2e.deterministic", 27, needs_ceilings=False),
     Part("start", "millrace.perf.e2e.start", 50, needs_ceilings=False),
     Part("serve", "millrace.perf.e2e.serve", 14, needs_ceilings=False),
+    Part("vllm", "millrace.perf.e2e.vllm", 400, needs_ceilings=False, by_name=True),
 )
 
 
@@ -86,8 +89,10 @@ def _options() -> argparse.Namespace:
     names = [part.name for part in PARTS]
     parser = argparse.ArgumentParser(prog="gpu_suite", description="Tests and benchmarks on a GPU")
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
-    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="PART")
+    usual = [part.name for part in PARTS if not part.by_name]
+    parser.add_argument("--only", nargs="+", choices=names, default=usual, metavar="PART")
     parser.add_argument("--dry-run", action="store_true", help="on a CPU: tiny shapes, no speeds")
+    parser.add_argument("--vllm-python", default=sys.executable, metavar="FILE")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--commit", help="what is measured, where the copy is no git checkout")
     return parser.parse_args()
@@ -176,6 +181,7 @@ def _work(
         session = Session(
             *(device, options.dry_run, options.seed, deadline, result.record, ceilings),
             folder=options.out,
+            vllm_python=options.vllm_python,
         )
         run(session)
     except Skip as reason:

@@ -104,12 +104,30 @@ class BlockTables:
         slot, table = request.slot, self._slots
         valid, chain = table.tokens(slot)[: table.computed[slot]], table.chains[slot]
         self._index(request, valid)
+        if self._caches and chain.is_closed and table.num_gone[slot] == 0:
+            self._join(request, valid)
         num_full, num_left = divmod(len(valid), self._size)
         is_whole = chain.num_blocks == num_full and not chain.is_closed
         if is_whole and num_left >= self._least_copied:
             blocks, tokens = table.blocks(slot), valid[num_full * self._size :].tobytes()
             parent: Node = int(blocks[num_full - 1]) if num_full else request.tenant
             self._pool.keep_tail(tokens, int(blocks[num_full]), parent)
+
+    def _join(self, request: Request, valid: npt.NDArray[np.int32]) -> None:
+        """Trade blocks for others' that hold the same, so that what follows can be indexed there.
+
+        Not before it leaves: its launched steps read its own. (SGLang's tree does the same when a
+        request ends; vLLM's table of hashes needs no parents, and keeps both blocks.)
+        """
+        slot, table = request.slot, self._slots
+        chain, first = table.chains[slot], table.chains[slot].num_blocks
+        theirs = self._cache.match(valid[: self._indexed_tokens], chain.salt)
+        ours = table.block_table[slot, first : len(theirs)].copy()
+        self._pool.share(theirs[first:])
+        self._pool.give_back(ours)
+        table.block_table[slot, first : len(theirs)] = theirs[first:]
+        chain.num_blocks, chain.is_closed = len(theirs), False
+        self._index(request, valid)
 
     def swap_out(self, request: Request) -> None:
         """It has yielded: keep its KV on the host, if that is cheaper than computing it again."""

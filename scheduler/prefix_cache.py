@@ -43,7 +43,8 @@ class Chain:
 
     salt: str = NO_SALT
     num_blocks: int = 0  # of its table, from the first; they are the chain from the root
-    is_closed: bool = False  # another's block holds the tokens that come next: ours stay private
+    is_closed: bool = False  # another's block holds the tokens that come next: ours stay private,
+    # until their request leaves and trades them for the other's (block_tables.py)
 
 
 @dataclass(eq=False, slots=True)

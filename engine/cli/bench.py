@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +10,7 @@ from typing import Annotated
 import typer
 
 from millrace.engine.config import EngineConfig
+from millrace.engine.errors import InvalidRequest
 
 
 class PeerName(StrEnum):
@@ -16,9 +18,12 @@ class PeerName(StrEnum):
 
     transformers = "transformers"
     transformers_fp32 = "transformers-fp32"
+    vllm = "vllm"
+    vllm_fp32 = "vllm-fp32"
 
 
 STREAMS = (1, 16, 64)
+PEER_STREAMS = (16,)
 
 BenchTarget = Annotated[
     str | None,
@@ -39,7 +44,23 @@ OutputTokens = Annotated[
 ]
 Peers = Annotated[
     list[PeerName],
-    typer.Option(help="measure this beside, in turn with Millrace (transformers: in bf16); repeat"),
+    typer.Option(help="measure this beside, in turn with Millrace (in bf16, or fp32); repeat"),
+]
+PeerStreams = Annotated[
+    list[int], typer.Option(metavar="N", min=1, help="prompts of a peer's batch; repeat")
+]
+Tenants = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME:SHARE[:PRIORITY],...", help="who sends how much of it, reported by tenant"
+    ),
+]
+Priority = Annotated[
+    int | None, typer.Option(metavar="N", min=0, max=9, help="of tenants that give none")
+]
+VllmPython = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", help="a Python that has vLLM, if this one has none"),
 ]
 JsonFile = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="write the JSON of the last line here")
@@ -54,11 +75,20 @@ def bench(
     prompt_tokens: PromptTokens = 128,
     output_tokens: OutputTokens = 128,
     peer: Peers = (),  # type: ignore[assignment]
+    peer_streams: PeerStreams = PEER_STREAMS,  # type: ignore[assignment]
+    vllm_python: VllmPython = None,
+    tenants: Tenants = None,
+    priority: Priority = None,
     json: JsonFile = None,
 ) -> None:
     """Measure tokens/s and latency over real gRPC streams; the last line is JSON."""
     from millrace.perf.bench import Plan, run
+    from millrace.perf.loadgen.tenants import FORM, parse_tenants
 
+    try:
+        senders = parse_tenants(tenants, priority)
+    except ValueError as error:
+        raise InvalidRequest(f"tenants: {error}", "tenants", FORM) from error
     plan = Plan(
         levels=tuple(streams),
         repeats=repeats,
@@ -66,5 +96,8 @@ def bench(
         output_tokens=output_tokens,
         peers=tuple(name.value for name in peer),
         seed=config.seed or 0,
+        peer_streams=tuple(peer_streams),
+        tenants=senders,
+        vllm_python=vllm_python or sys.executable,
     )
     run(plan, config, target, json)

@@ -4,8 +4,9 @@
                 bytes / (bandwidth * memory efficiency), flops / (matmul rate * matmul efficiency)
     measured    c0 + c1 * prefill tokens + c2 * decodes + c3 * context tokens, fitted to real steps
 
-Products read each weight once a step; attention reads the KV of every token in context once.
-Sliding windows are ignored: such a model's attention is overestimated.
+Products read each weight once a step. Attention reads, in each layer, the KV of the tokens that the
+layer sees, once: all in context, or with a sliding window the last ones. What is swapped crosses
+the link to the host while nothing else happens: a step begins with its moves.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from millrace.engine.errors import InvalidRequest
 from millrace.perf.capacity.hardware import Gpu
 from millrace.perf.capacity.shape import ModelShape
 from millrace.perf.sim.device import Roughness
-from millrace.perf.sim.load import Load
+from millrace.perf.sim.load import Attended, Load
 
 Costs = tuple[float, float, float, float]
 NUM_COSTS = 4  # of a measured step
@@ -33,7 +34,7 @@ STALL = 2.0  # times what was expected
 class Assumptions:
     """What nobody has measured. They scale a data sheet down to what kernels reach."""
 
-    memory_efficiency: float = 0.8
+    memory_efficiency: float = 0.8  # of the memory's bandwidth and of the link's
     matmul_efficiency: float = 0.6
     step_overhead_s: float = 100e-6  # sampling, the small kernels, the gaps between them
     reserved_bytes: float = 3e9  # graphs, workspaces and the largest step's activations
@@ -48,27 +49,54 @@ class Roofline:
     weight_bytes: float  # of an element
     kv_bytes: float
     assumed: Assumptions
+    block_size: int  # tokens
 
     def __call__(self, load: Load) -> float:
-        """Seconds of a step."""
+        """Seconds of a step. `load` has the model's windows counted, all of them."""
         shape = self.shape
         read = self.weight_bytes * (shape.layer_elements + shape.head_elements)
         rows = shape.layer_elements * load.tokens + shape.head_elements * load.samples
-        context = load.context_tokens + load.prefill_context_tokens
-        kv = self.kv_bytes * shape.kv_elements_per_token * context
-        pairs = shape.attention_flops_per_pair * (load.context_tokens + load.prefill_pairs)
-        attention_s = self._roof_s(kv, pairs)
-        return self._roof_s(read, 2.0 * rows) + attention_s + self.assumed.step_overhead_s
+        attention_s = sum(
+            count / len(shape.windows) * self._attention_s(_attended(load, width))
+            for width, count in shape.layers_by_width.items()
+        )
+        moves_s = load.swapped_blocks * self.block_copy_s
+        products_s = self._roof_s(read, 2.0 * rows)
+        return products_s + attention_s + moves_s + self.assumed.step_overhead_s
+
+    @property
+    def block_bytes(self) -> float:
+        """KV of one block, all layers."""
+        return self.kv_bytes * self.shape.kv_elements_per_token * self.block_size
+
+    @property
+    def block_copy_s(self) -> float:
+        """Seconds that a block takes to the host, or back."""
+        return self.block_bytes / (self.gpu.link_bytes_per_s * self.assumed.memory_efficiency)
 
     def kv_pool_bytes(self, memory_fraction: float) -> float:
         """What weights and the reserve leave; negative where they do not fit."""
         weights = self.weight_bytes * self.shape.elements
         return self.gpu.memory_bytes * memory_fraction - weights - self.assumed.reserved_bytes
 
+    def _attention_s(self, attended: Load | Attended) -> float:
+        """If all layers saw as much."""
+        context = attended.context_tokens + attended.prefill_context_tokens
+        pairs = attended.context_tokens + attended.prefill_pairs
+        read = self.kv_bytes * self.shape.kv_elements_per_token * context
+        return self._roof_s(read, self.shape.attention_flops_per_pair * pairs)
+
     def _roof_s(self, num_bytes: float, flops: float) -> float:
         memory_s = num_bytes / (self.gpu.bytes_per_s * self.assumed.memory_efficiency)
         matmul_s = flops / (self.gpu.flops_per_s * self.assumed.matmul_efficiency)
         return max(memory_s, matmul_s)
+
+
+def _attended(load: Load, width: int | None) -> Load | Attended:
+    """What a layer that sees so far back reads."""
+    if width is None:
+        return load
+    return next(attended for attended in load.windowed if attended.width == width)
 
 
 @dataclass(frozen=True, slots=True)

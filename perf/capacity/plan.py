@@ -7,8 +7,8 @@ model is loaded and no GPU is asked.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -140,12 +140,17 @@ def _assumed_server(asked: Asked, config: EngineConfig) -> tuple[VirtualServer, 
         limit = "one of " + ", ".join(BYTES)
         raise InvalidRequest(f"kv_dtype must be {limit}", "kv_dtype", limit)
     kv_bytes = weight_bytes if asked.kv_dtype == "auto" else BYTES[asked.kv_dtype]
-    cost = Roofline(shape, gpu, weight_bytes, kv_bytes, asked.assumed)
+    cost = Roofline(shape, gpu, weight_bytes, kv_bytes, asked.assumed, config.block_size)
     num_blocks = _num_blocks(cost, config)
     max_context = min(config.max_context or shape.max_context, shape.max_context)
     sizes = sizes_for(config, torch.device("cuda"))
-    make = _maker(config, limits_of(config, sizes, num_blocks, max_context))
-    server = VirtualServer(make, cost, sizes.run_ahead)
+    limits = replace(
+        limits_of(config, sizes, num_blocks, max_context, shape.window),
+        host_blocks=_host_blocks(cost, config),
+        block_copy_s=cost.block_copy_s,
+    )
+    widths = tuple(width for width in shape.layers_by_width if width is not None)
+    server = VirtualServer(_maker(config, limits), cost, sizes.run_ahead, widths=widths)
     pool = num_blocks * config.block_size
     assumed = asked.assumed
     basis = [
@@ -158,8 +163,29 @@ def _assumed_server(asked: Asked, config: EngineConfig) -> tuple[VirtualServer, 
         f" more a step, {assumed.reserved_bytes / 1e9:.1f} GB for graphs and workspaces",
         f"KV cache: {num_blocks} blocks, {pool} tokens; {sizes.max_running} slots,"
         f" {sizes.max_step_tokens} tokens a step, policy {config.policy}",
+        *_special(cost, limits),
     ]
     return server, _longest(server), basis
+
+
+def _special(cost: Roofline, limits: Limits) -> Iterator[str]:
+    """What only some servers have."""
+    shape = cost.shape
+    for width, count in shape.layers_by_width.items():
+        if width is not None:
+            freed = "" if shape.window is None else "; blocks behind it go back"
+            yield f"Window: {count} of {len(shape.windows)} layers see {width} tokens{freed}"
+    if limits.host_blocks:
+        rate = cost.gpu.link_bytes_per_s / 1e9
+        yield (
+            f"Swap: {limits.host_blocks} blocks on the host; assumed, from the data sheet:"
+            f" {rate:.0f} GB/s each way, of which {cost.assumed.memory_efficiency:.0%}"
+        )
+
+
+def _host_blocks(cost: Roofline, config: EngineConfig) -> int:
+    """As a server has them: none beside a window (engine/runner/assemble.py)."""
+    return 0 if cost.shape.window is not None else int(config.swap_memory // cost.block_bytes)
 
 
 def _measured_server(
@@ -178,15 +204,18 @@ def _measured_server(
         f" {sizes.max_running} slots, {sizes.max_step_tokens} tokens a step,"
         f" policy {config.policy}",
     ]
+    if config.swap_memory:
+        basis.append("Swap: left out, for the file does not say how long a block's copy takes")
     return server, _longest(server), basis
 
 
 def _num_blocks(cost: Roofline, config: EngineConfig) -> int:
-    block_bytes = cost.kv_bytes * cost.shape.kv_elements_per_token * config.block_size
     pool = config.kv_cache_memory or cost.kv_pool_bytes(config.gpu_memory_fraction)
-    num_blocks = int(pool // block_bytes)
+    num_blocks = int(pool // cost.block_bytes)
     if num_blocks < 1:
-        need = cost.weight_bytes * cost.shape.elements + cost.assumed.reserved_bytes + block_bytes
+        need = (
+            cost.weight_bytes * cost.shape.elements + cost.assumed.reserved_bytes + cost.block_bytes
+        )
         have = cost.gpu.memory_bytes * config.gpu_memory_fraction
         message = f"{cost.shape.name} needs {need / 1e9:.1f} GB on {cost.gpu.name}, of which it may"
         raise NotEnoughMemory(f"{message} take {have / 1e9:.1f}: raise gpu_memory_fraction")
@@ -236,6 +265,7 @@ def _table(answers: list[Answer]) -> Table:
         "KV cache held, mean / p95": lambda a: f"{a.kv_mean:.1%} / {a.kv_p95:.1%}",
         "refused": lambda a: str(a.refused),
         "preemptions": lambda a: str(a.preemptions),
+        "blocks swapped": lambda a: str(a.swapped_blocks),
     }
     for name, cell in rows.items():
         table.add_row(name, *(cell(answer) for answer in answers))

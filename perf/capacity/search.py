@@ -32,6 +32,7 @@ class Answer:
     kv_p95: float
     refused: int
     preemptions: int
+    swapped_blocks: int  # to the host and back
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,7 @@ class Question:
             run.p95(run.blocks) / num_blocks,
             run.refused,
             run.scheduler.counters.preemptions,
+            run.swapped_blocks,
         )
 
     def attainable_rate(self) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,18 @@ class ModelShape:
     kv_elements_per_token: int
     attention_flops_per_pair: int  # of a query and a key position, over all layers
     max_context: int
+    windows: tuple[int | None, ...]  # by layer, tokens that a position sees; None: all of them
+
+    @property
+    def layers_by_width(self) -> dict[int | None, int]:
+        """How many layers see so far back."""
+        return dict(Counter(self.windows))
+
+    @property
+    def window(self) -> int | None:
+        """Of the widest layer; None: some layer sees everything, so that no KV can go early."""
+        widths = [width for width in self.windows if width is not None]
+        return max(widths) if len(widths) == len(self.windows) else None
 
     @property
     def elements(self) -> int:
@@ -42,6 +55,7 @@ class ModelShape:
             kv_elements_per_token=model.kv_elements_per_token,
             attention_flops_per_pair=4 * model.num_layers * queries,
             max_context=model.max_context,
+            windows=model.windows,
         )
 
 
@@ -74,6 +88,9 @@ SHAPES = {  # as published in each model's config.json
     "llama-3.2-3b": _config(LLAMA, (3072, 8192, 28, 24, 8, 128256), 131072, **TIED),
     "llama-3.1-8b": _config(LLAMA, (4096, 14336, 32, 32, 8, 128256), 131072),
     "llama-3.1-70b": _config(LLAMA, (8192, 28672, 80, 64, 8, 128256), 131072),
+    "mistral-7b-v0.1": _config(
+        *(MISTRAL, (4096, 14336, 32, 32, 8, 32000), 32768), sliding_window=4096
+    ),
     "mistral-7b": _config(MISTRAL, (4096, 14336, 32, 32, 8, 32768), 32768),
     "qwen2.5-7b": _config(QWEN2, (3584, 18944, 28, 28, 4, 152064), 32768),
     "qwen3-8b": _config(QWEN3, (4096, 12288, 36, 32, 8, 151936), 40960, head_dim=128),

@@ -35,11 +35,12 @@ class VirtualServer:
     run_ahead: int
     roughness: Roughness = EVEN
     seed: int = 0
+    widths: tuple[int, ...] = ()  # of the model's sliding windows, tokens
 
     def run(self, requests: list[Request]) -> Run:
         """Serve these, which come in order, to the end of the last."""
         device = Device(self.cost, Random(self.seed), self.roughness)
-        run = Run(self.make_scheduler(), device, requests)
+        run = Run(self.make_scheduler(), device, requests, self.widths)
         run.to_the_end(self.run_ahead)
         return run
 
@@ -61,8 +62,10 @@ class Run:
     scheduler: Scheduler
     device: Device
     requests: list[Request]
+    widths: tuple[int, ...] = ()
     now_s: float = 0.0
     refused: int = 0
+    swapped_blocks: int = 0  # out and in
     running: list[int] = field(default_factory=list)  # by step
     blocks: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
@@ -70,7 +73,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.latencies = Latencies([request.arrived_s for request in self.requests])
-        self._loads = LoadCounter(self.scheduler.limits.max_running)
+        self._loads = LoadCounter(self.scheduler.limits.max_running, self.widths)
 
     def to_the_end(self, run_ahead: int) -> None:
         coming = iter(self.requests)
@@ -98,6 +101,7 @@ class Run:
         self.running.append(self.scheduler.num_running)
         self.blocks.append(self.scheduler.pool.num_referenced)
         self.seconds.append(seconds)
+        self.swapped_blocks += load.swapped_blocks
 
     def _land(self, launched: _Launched) -> None:
         self.now_s = max(self.now_s, self.device.land())

@@ -112,11 +112,16 @@ def submit(
     They are greedy unless `params` say otherwise. Request i is the same for any number of streams.
     """
     for index in range(streams):
-        random = np.random.default_rng(index)
-        prompt = random.integers(3, vocab, scale.prompt_tokens).astype("<i4")
+        prompt = prompt_of(index, scale, vocab)
         chosen = {"temperature": 0.0, "max_tokens": output_tokens, "seed": index} | params
         sampling = SamplingParams(**chosen)
         core.handle(NewRequest(index, prompt.tobytes(), sampling, output_tokens, [], 0.0))
+
+
+def prompt_of(index: int, scale: Scale, vocab: int) -> np.ndarray:
+    """The random prompt of request `index`, int32."""
+    random = np.random.default_rng(index)
+    return random.integers(3, vocab, scale.prompt_tokens).astype("<i4")
 
 
 def take_step(core: EngineCore) -> tuple[list[Delta], int]:

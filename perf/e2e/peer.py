@@ -12,7 +12,10 @@ from millrace.perf.e2e.drive import Scale
 from millrace.perf.e2e.row import recorded
 from millrace.perf.kernels.session import Session, Skip
 
-OTHERS = ("vllm", "sglang")
+OTHERS = {
+    "vllm": "measured by its own part (--only vllm)",
+    "sglang": "not driven",
+}
 
 
 def measure_peer(session: Session, scale: Scale, name: str, streams: int) -> None:
@@ -25,10 +28,9 @@ def measure_peer(session: Session, scale: Scale, name: str, streams: int) -> Non
 
 def record_absent(session: Session) -> None:
     """A row for each engine that is not measured here, so that its absence is on record."""
-    for name in OTHERS:
+    for name, otherwise in OTHERS.items():
         with recorded(session, name, "as a peer"):
-            where = "not installed" if find_spec(name) is None else "installed, but not driven yet"
-            raise Skip(f"{where} on this machine")
+            raise Skip("not installed on this machine" if find_spec(name) is None else otherwise)
 
 
 def _measure(scale: Scale, config: dict[str, Any], streams: int) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -70,6 +71,7 @@ class Session:
     ceilings: Ceilings | None = None  # None while they are measured themselves
     compiles: tuple[int, int] | None = None  # (i, n): compile every n-th case from i on, no more
     folder: Path = Path()  # of the results, for what is a file of its own: traces
+    vllm_python: str = sys.executable  # an interpreter that may have vLLM
     cut: bool = field(default=False)  # whether something was left out for lack of time
 
     def out_of_time(self) -> bool:

@@ -14,6 +14,13 @@ import typer
 
 from millrace.perf.loadgen.drive import Run, closed_loop, open_loop
 from millrace.perf.loadgen.report import summarize
+from millrace.perf.loadgen.tenants import (
+    Tenant,
+    assign,
+    by_tenant,
+    parse_tenants,
+    tenant_lines,
+)
 from millrace.perf.loadgen.transport import ConnectSender, GenerateSender, Sender
 from millrace.perf.loadgen.workload import poisson_arrivals, random_requests
 from millrace.v1 import inference_pb2 as pb
@@ -39,6 +46,7 @@ class Load:
     prompt_tokens: int
     output_tokens: int
     seed: int
+    tenants: tuple[Tenant, ...] = ()  # who sends; none: nobody by name
 
 
 async def run_load(load: Load) -> Run:
@@ -49,6 +57,7 @@ async def run_load(load: Load) -> Run:
         requests = random_requests(
             load.requests, load.prompt_tokens, load.output_tokens, model.vocab_size, [load.seed]
         )
+        assign(requests, load.tenants)
         connect = load.mode is Mode.connect
         sender: Sender = ConnectSender(inference) if connect else GenerateSender(inference)
         if load.rate is None:
@@ -74,18 +83,30 @@ def main(
     prompt_tokens: Annotated[int, typer.Option(metavar="TOKENS", min=1)] = 128,
     output_tokens: Annotated[int, typer.Option(metavar="TOKENS", min=1)] = 128,
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="of prompts and arrivals")] = 0,
+    tenants: Annotated[
+        str | None, typer.Option(metavar="NAME:SHARE[:PRIORITY],...", help="who sends how much")
+    ] = None,
+    priority: Annotated[
+        int | None, typer.Option(metavar="N", min=0, max=9, help="of those that give none")
+    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="write every request's times here")
     ] = None,
 ) -> None:
     """Load a server; exit code 1 unless every request succeeded."""
-    load = Load(target, requests, concurrency, rate, mode, prompt_tokens, output_tokens, seed)
+    try:
+        senders = parse_tenants(tenants, priority)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--tenants") from error
+    sizes = (prompt_tokens, output_tokens)
+    load = Load(target, requests, concurrency, rate, mode, *sizes, seed, senders)
     run = asyncio.run(run_load(load))
-    summary = summarize(run)
-    print("\n".join(summary.lines()))
+    summary, shares = summarize(run), by_tenant(run)
+    print("\n".join([*summary.lines(), *tenant_lines(shares)]))
     if json_file is not None:
         rows = [record.row(run.start_s) for record in run.records]
         content = {"load": dataclasses.asdict(load), "summary": dataclasses.asdict(summary)}
+        content["tenants"] = {name: dataclasses.asdict(share) for name, share in shares.items()}
         json_file.write_text(json.dumps(content | {"requests": rows}))
     raise typer.Exit(1 if summary.failures else 0)
 

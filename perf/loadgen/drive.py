@@ -37,7 +37,8 @@ async def closed_loop(
 
 async def _stream(sender: Sender, waiting: Iterator[pb.GenerateRequest], run: Run) -> None:
     for request in waiting:
-        record = Record(request.request_id, intended_s=time.perf_counter())
+        due_s = time.perf_counter()
+        record = Record(request.request_id, intended_s=due_s, tenant=request.tenant)
         run.records.append(record)
         await sender.send(request, record)
 
@@ -53,7 +54,8 @@ async def open_loop(
     run = Run(time.perf_counter(), [])
     sending = []
     for request, arrival_s in zip(requests, arrivals_s, strict=True):
-        record = Record(request.request_id, intended_s=run.start_s + arrival_s)
+        due_s = run.start_s + arrival_s
+        record = Record(request.request_id, intended_s=due_s, tenant=request.tenant)
         run.records.append(record)
         await asyncio.sleep(record.intended_s - time.perf_counter())
         sending.append(asyncio.create_task(sender.send(request, record)))

@@ -24,6 +24,7 @@ class Record:
     message: str = ""  # of that status
     token_times_s: list[list[float]] = field(default_factory=list)  # arrivals, by output
     token_ids: list[list[int]] = field(default_factory=list)  # likewise
+    tenant: str = ""
     usage: pb.Usage | None = None  # as the server counted; None: it never came to that
 
     @property
@@ -82,6 +83,7 @@ class Record:
             "sent_s": self.sent_s - start_s,
             "ended_s": self.ended_s - start_s,
             "token_times_s": [[t - start_s for t in times] for times in self.token_times_s],
+            "tenant": self.tenant,
             "status": self.status,
             "prompt_tokens": self.usage.prompt_tokens if self.usage else None,
             "output_tokens": self.num_tokens,

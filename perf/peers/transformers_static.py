@@ -1,11 +1,9 @@
 """transformers' static-batch `generate`, as a process that measures when told to.
 
-    python -m millrace.perf.peers.transformers_static BATCH PROMPT OUTPUT THREADS DTYPE [MODEL]
+    python -m millrace.perf.peers.transformers_static THREADS DTYPE [MODEL]
 
-PROMPT and OUTPUT are tokens; THREADS 0 leaves their number to torch. It loads the model and prints
-"ready". Then each line on its standard input, two integers that seed the prompts, makes it generate
-one batch and print {"output_tokens": ..., "seconds": ...}. All prompts have one length and all
-outputs another, so nothing is padded: a static batch at its best.
+THREADS 0 leaves their number to torch. What it reads and prints is in process.py. All prompts have
+one length and all outputs another, so nothing is padded: a static batch at its best.
 """
 
 from __future__ import annotations
@@ -19,21 +17,18 @@ import torch
 import transformers
 
 from millrace.engine.weights.locate import ModelLocation, resolve
-from millrace.perf.loadgen.workload import random_ids
 
 
 def main() -> None:
-    batch, prompt_tokens, output_tokens, threads = map(int, sys.argv[1:5])
+    threads, dtype = int(sys.argv[1]), getattr(torch, sys.argv[2])
     if threads:
         torch.set_num_threads(threads)
-    dtype: torch.dtype = getattr(torch, sys.argv[5])
-    model = load(resolve(sys.argv[6] if len(sys.argv) > 6 else None), dtype)
-    generate(model, batch, prompt_tokens, 2, [0, 0])  # warm up
-    print("ready", flush=True)
+    model = load(resolve(sys.argv[3] if len(sys.argv) > 3 else None), dtype)
+    print(json.dumps({"version": transformers.__version__}), flush=True)
     for line in sys.stdin:
-        seed = [int(word) for word in line.split()]
+        asked = json.loads(line)
         began = time.perf_counter()
-        tokens = generate(model, batch, prompt_tokens, output_tokens, seed)
+        tokens = generate(model, asked["prompts"], asked["output_tokens"])
         seconds = time.perf_counter() - began
         print(json.dumps({"output_tokens": tokens, "seconds": seconds}), flush=True)
 
@@ -50,22 +45,18 @@ def load(location: ModelLocation, dtype: torch.dtype) -> Any:
 
 
 @torch.inference_mode()
-def generate(
-    model: Any, batch: int, prompt_tokens: int, output_tokens: int, seed: list[int]
-) -> int:
+def generate(model: Any, prompts: list[list[int]], output_tokens: int) -> int:
     """Generate one greedy batch; returns how many tokens came out."""
-    vocab_size = model.config.vocab_size
-    rows = [random_ids(prompt_tokens, vocab_size, [*seed, row]) for row in range(batch)]
-    prompts = torch.tensor(rows)
+    batch = torch.tensor(prompts)
     output = model.generate(
-        prompts,
-        attention_mask=torch.ones_like(prompts),
+        batch,
+        attention_mask=torch.ones_like(batch),
         do_sample=False,
         min_new_tokens=output_tokens,
         max_new_tokens=output_tokens,
         pad_token_id=0,
     )
-    return int(output[:, prompt_tokens:].numel())
+    return int(output[:, batch.shape[1] :].numel())
 
 
 if __name__ == "__main__":

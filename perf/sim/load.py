@@ -6,16 +6,27 @@ before it. `LoadCounter` keeps that, by slot, as a runner would.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from millrace.scheduler.plan import StepPlan
+from millrace.scheduler.plan import PrefillChunk, StepPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Attended:
+    """What a step's attention reads in a layer where a position sees the last `width` only."""
+
+    width: int  # tokens
+    context_tokens: int  # the same three as of Load
+    prefill_context_tokens: int
+    prefill_pairs: int
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Of one step."""
+    """Of one step. Contexts and pairs are those of a layer that sees everything."""
 
     prefill_tokens: int
     decodes: int  # requests that decode one token
@@ -23,6 +34,8 @@ class Load:
     context_tokens: int  # KV that the decodes read
     prefill_context_tokens: int  # KV that the chunks read, each once: up to the chunk's end
     prefill_pairs: int  # query and key positions that the chunks' attention brings together
+    windowed: tuple[Attended, ...] = ()  # one for each width that was asked for
+    swapped_blocks: int = 0  # to the host and back
 
     @property
     def tokens(self) -> int:
@@ -31,9 +44,10 @@ class Load:
 
 
 class LoadCounter:
-    """Sees every plan, in order."""
+    """Sees every plan, in order. `widths` are those of the model's sliding windows, in tokens."""
 
-    def __init__(self, max_running: int) -> None:
+    def __init__(self, max_running: int, widths: Sequence[int] = ()) -> None:
+        self._widths = tuple(widths)
         self._computed = np.zeros(max_running, np.int64)  # by slot
         self._decodes = np.zeros(max_running, np.bool_)
 
@@ -57,11 +71,30 @@ class LoadCounter:
             prefill_tokens += chunk.length
             read += end
             pairs += chunk.length * (chunk.start + end + 1) // 2
+        contexts = self._computed[self._decodes]
         return Load(
             prefill_tokens,
             plan.num_decodes,
             plan.num_decodes + sum(chunk.samples for chunk in plan.prefill),
-            int(self._computed[self._decodes].sum()),
+            int(contexts.sum()),
             read,
             pairs,
+            tuple(_attended(width, contexts, plan.prefill) for width in self._widths),
+            len(plan.swap_outs) + len(plan.swap_ins),
         )
+
+
+def _attended(width: int, contexts: np.ndarray, chunks: Sequence[PrefillChunk]) -> Attended:
+    """`contexts` [n] of the decodes, their own token included."""
+    read = pairs = 0
+    for chunk in chunks:
+        end = chunk.start + chunk.length
+        read += end - max(0, chunk.start - width + 1)
+        pairs += _pairs_up_to(end, width) - _pairs_up_to(chunk.start, width)
+    return Attended(width, int(np.minimum(contexts, width).sum()), read, pairs)
+
+
+def _pairs_up_to(num_tokens: int, width: int) -> int:
+    """Of the first tokens of a text: the sum of min(i, width) for i from 1 on."""
+    narrow = min(num_tokens, width)
+    return narrow * (narrow + 1) // 2 + (num_tokens - narrow) * width

@@ -28,6 +28,7 @@ class Script(InferenceServicer):
         self.lose_tokens = lose_tokens  # of those that the usage counts
         self.die_after = die_after  # messages of a Connect stream
         self.prompts = []  # token ids, as they came
+        self.senders = []  # (tenant, priority or None), likewise
         self.live = self.peak = 0
         self._lock = threading.Lock()
 
@@ -74,6 +75,8 @@ class Script(InferenceServicer):
 
     def responses(self, request):
         self.prompts.append(tuple(request.prompt.token_ids.ids))
+        priority = request.priority if request.HasField("priority") else None
+        self.senders.append((request.tenant, priority))
         count, outputs = request.stopping.max_tokens, range(request.sampling.n or 1)
         for token in range(count - self.lose_tokens):
             time.sleep(self.token_s)

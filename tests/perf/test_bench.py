@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -18,6 +19,8 @@ from millrace.perf.environment import environment
 from millrace.perf.loadgen.drive import Run
 from millrace.perf.loadgen.record import Record
 from millrace.perf.loadgen.report import summarize
+from millrace.perf.loadgen.tenants import parse_tenants
+from millrace.perf.peers.process import PeerProcess
 from millrace.perf.server_process import ServerProcess, metric
 from millrace.v1 import inference_pb2 as pb
 
@@ -54,6 +57,17 @@ def test_prompts_are_new_in_every_repetition(serve_script, script):
     assert len(set(scripted.prompts)) == len(scripted.prompts)
 
 
+def test_tenants_are_reported_apart(serve_script, script, capsys):
+    plan = replace(PLAN, levels=(4,), tenants=parse_tenants("chat:3,batch:1"))
+    bench.run(plan, EngineConfig(), serve_script(script()), None)
+    *lines, last = capsys.readouterr().out.strip().splitlines()
+    (level,) = json.loads(last)["levels"]
+    assert [{name: t["successful"] for name, t in run.items()} for run in level["tenants"]] == [
+        {"chat": 3, "batch": 1}
+    ] * 2
+    assert any(line.startswith("4 streams, repetition 2, tenant batch: 1 req") for line in lines)
+
+
 def test_a_failed_request_leaves_no_figures(serve_script, script, capsys):
     with pytest.raises(MillraceError, match="RESOURCE_EXHAUSTED"):
         bench.run(PLAN, EngineConfig(), serve_script(script(refuse_above=2)), None)
@@ -64,13 +78,50 @@ def test_ratios_are_of_medians():
     one = bench.Level(1, [summary_of(10), summary_of(11), summary_of(90)])
     many = bench.Level(16, [summary_of(44), summary_of(1), summary_of(55)])
     many.cpu = [bench.CpuUse(1.0, 0.5, 10.0), bench.CpuUse(1.0, 1.0, 10.0)]
-    rates = {"transformers": [20.0, 22.0, 100.0], "transformers-fp32": [11.0, 11.0, 11.0]}
-    result = bench._result([one, many], rates)
+    peers = [
+        bench.PeerLevel("transformers", 16, [20.0, 22.0, 100.0]),
+        bench.PeerLevel("vllm-fp32", 1, [22.0, 22.0, 1.0]),
+        bench.PeerLevel("vllm-fp32", 8, [1.0]),
+    ]
+    result = bench._result([one, many], peers)
     assert result["levels"][1]["scaling"] == pytest.approx(4.0)
     assert result["levels"][1]["overhead"] == pytest.approx(0.175)
-    assert [peer["ratio"] for peer in result["peers"]] == pytest.approx([2.0, 4.0])
+    ratios = [peer["ratio"] for peer in result["peers"]]
+    assert ratios[:2] == pytest.approx([2.0, 0.5]) and ratios[2] is None
     lines = "\n".join(bench._findings(result))
     assert "4.00 x tokens/s" in lines and "17.5%" in lines and "2.00 x as fast" in lines
+
+
+ECHO = """
+import json, sys
+print('{"version": "0"}', flush=True)
+for line in sys.stdin:
+    asked = json.loads(line)
+    made = len(asked["prompts"]) * asked["output_tokens"]
+    print(json.dumps({"output_tokens": made, "seconds": 0.5}), flush=True)
+"""
+
+
+def test_peers_take_turns_with_the_prompts_of_as_many_streams(
+    serve_script, script, capsys, monkeypatch, tmp_path
+):
+    command, file = [sys.executable, "-c", ECHO], tmp_path / "bench.json"
+    monkeypatch.setattr(bench, "_start_peer", lambda *_: PeerProcess(command))
+    plan = replace(PLAN, peers=("vllm", "transformers"), peer_streams=(1, 4))
+    bench.run(plan, EngineConfig(), serve_script(script()), file)
+    result = json.loads(file.read_text())
+    assert [(p["name"], p["streams"], p["runs"]) for p in result["peers"]] == [
+        (name, streams, [streams * 6.0] * 2) for name in plan.peers for streams in (1, 4)
+    ]
+    assert result["peer_versions"]["vllm"] == {"version": "0"}
+    assert "vllm at 4 streams: 24.0 tokens/s; Millrace is " in capsys.readouterr().out
+
+
+def test_a_peer_that_does_not_start_is_named(serve_script, script, monkeypatch):
+    command = [sys.executable, "-c", "raise SystemExit('no such GPU')"]
+    monkeypatch.setattr(bench, "_start_peer", lambda *_: PeerProcess(command))
+    with pytest.raises(MillraceError, match="vllm does not start: exit code 1: no such GPU"):
+        bench.run(replace(PLAN, peers=("vllm",)), EngineConfig(), serve_script(script()), None)
 
 
 def wait_for(true, within_s=30.0):

@@ -25,7 +25,7 @@ from millrace.perf.capacity.shape import SHAPES, shape_named
 from millrace.perf.capacity.virtual import VirtualServer
 from millrace.perf.capacity.workload import Workload
 from millrace.perf.plot import curve_chart
-from millrace.perf.sim.load import Load
+from millrace.perf.sim.load import Attended, Load
 from millrace.perf.sim.traffic import Lengths
 from millrace.scheduler.request import Request
 
@@ -98,7 +98,8 @@ def test_a_model_that_does_not_fit_is_said_to_need_more():
 
 
 def roofline(**assumed: float) -> Roofline:
-    return Roofline(shape_named("llama-3.1-8b"), gpu_named("h100"), 2, 2, Assumptions(**assumed))
+    shape = shape_named("llama-3.1-8b")
+    return Roofline(shape, gpu_named("h100"), 2, 2, Assumptions(**assumed), block_size=16)
 
 
 def test_a_lone_decode_is_bound_by_the_weights_and_a_long_chunk_by_arithmetic():
@@ -116,6 +117,39 @@ def test_each_kind_of_load_costs_more_of_it():
     for name in ("context_tokens", "prefill_tokens", "prefill_pairs"):
         more = dataclasses.replace(load, **{name: 50 * getattr(load, name)})
         assert cost(more) > cost(load), name
+
+
+WINDOWED = SHAPES["qwen2.5-7b"] | {"sliding_window": 1024, "use_sliding_window": True}
+LONG = 30_000  # tokens of context
+
+
+def windowed_cost(tmp_path: Path, first_windowed: int) -> Roofline:
+    """Of 28 layers, those from `first_windowed` on have a window."""
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(WINDOWED | {"max_window_layers": first_windowed}))
+    return Roofline(shape_named(str(file)), gpu_named("h100"), 2, 2, Assumptions(), 16)
+
+
+def decodes_s(cost: Roofline, context: int) -> float:
+    """A step of 64 decodes."""
+    seen = Attended(1024, 64 * min(context, 1024), 0, 0)
+    return cost(Load(0, 64, 64, 64 * context, 0, 0, (seen,)))
+
+
+def test_a_layer_with_a_window_reads_no_more_than_that(tmp_path):
+    none, half, all_of_them = (windowed_cost(tmp_path, first) for first in (28, 14, 0))
+    assert decodes_s(all_of_them, LONG) == decodes_s(all_of_them, 1024)
+    assert decodes_s(none, 1024) == pytest.approx(decodes_s(all_of_them, 1024))
+    saved = decodes_s(none, LONG) - decodes_s(all_of_them, LONG)
+    assert saved > 0.01
+    assert decodes_s(none, LONG) - decodes_s(half, LONG) == pytest.approx(saved / 2)
+    assert (all_of_them.shape.window, half.shape.window, none.shape.window) == (1024, None, None)
+
+
+def test_what_is_swapped_crosses_the_link_to_the_host():
+    cost, load = roofline(memory_efficiency=0.5), Load(0, 1, 1, 1, 0, 0)
+    moved_s = cost(dataclasses.replace(load, swapped_blocks=3)) - cost(load)
+    assert moved_s == pytest.approx(3 * 16 * 128 * 1024 / (0.5 * 64e9))
 
 
 def a_load(rng: Random) -> Load:
@@ -260,6 +294,38 @@ def test_rates_share_their_requests():
         assert one.prompt.tolist() == other.prompt.tolist()
         assert one.max_tokens == other.max_tokens
         assert one.max_length <= 200
+
+
+def test_blocks_behind_the_window_go_back(tmp_path):
+    """Prompts of seven windows: with room for 20,000 tokens, two run, or six."""
+    settings = EngineConfig(kv_cache_memory=20_000 * 128 * 1024, max_step_tokens=512)
+    plain = SHAPES["mistral-7b-v0.1"] | {"sliding_window": None}
+    windowed = plain | {"sliding_window": 1024}
+    answers = []
+    for index, config in enumerate((plain, windowed)):
+        file = tmp_path / f"{index}.json"
+        file.write_text(json.dumps(config))
+        asked = dataclasses.replace(
+            ASKED, model_shape=str(file), requests=30, prompt_tokens=7168, output_tokens=64
+        )
+        plan = make_plan(asked, settings)
+        assert any("blocks behind it go back" in line for line in plan.basis) is bool(index)
+        answers.append(plan.question.at(1e3))
+    assert answers[0].running_p95 == 2
+    assert answers[1].running_p95 >= 6
+    assert answers[1].tokens_per_s > answers[0].tokens_per_s
+
+
+def test_a_server_that_swaps_pays_for_it_and_is_said_to():
+    """Too little KV for those that run: some yield, and a copy is cheaper than computing again."""
+    asked = dataclasses.replace(ASKED, requests=30, prompt_tokens=512, output_tokens=200)
+    little = {"kv_cache_memory": 4_000 * 128 * 1024, "prefix_caching": False}
+    plain = make_plan(asked, EngineConfig(**little)).question.at(1e3)
+    plan = make_plan(asked, EngineConfig(**little, swap_memory=10**10))
+    swapping = plan.question.at(1e3)
+    assert plain.preemptions > 0 and plain.swapped_blocks == 0
+    assert swapping.swapped_blocks > 0
+    assert any(line.startswith("Swap: 4768 blocks") for line in plan.basis)
 
 
 # ---------------------------------------------------------------- measured files, the command

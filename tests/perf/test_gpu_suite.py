@@ -115,7 +115,9 @@ def test_one_part_can_be_run_again(dry_run):
 
 
 def test_all_parts_together_fit_in_the_time_of_the_suite():
-    assert sum(part.budget_s + part.compile_s for part in PARTS) <= TOTAL_S
+    usual = [part for part in PARTS if not part.by_name]
+    assert sum(part.budget_s + part.compile_s for part in usual) <= TOTAL_S
+    assert all(part.budget_s <= TOTAL_S for part in PARTS)
 
 
 def test_every_part_can_be_imported():

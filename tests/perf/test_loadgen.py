@@ -3,6 +3,7 @@
 import asyncio
 import json
 import time
+from dataclasses import replace
 
 import grpc
 import numpy as np
@@ -14,6 +15,13 @@ from millrace.perf.loadgen.__main__ import Load, Mode, main, run_load
 from millrace.perf.loadgen.drive import Run, open_loop
 from millrace.perf.loadgen.record import Record
 from millrace.perf.loadgen.report import Spread, summarize
+from millrace.perf.loadgen.tenants import (
+    Tenant,
+    assign,
+    by_tenant,
+    parse_tenants,
+    tenant_lines,
+)
 from millrace.perf.loadgen.transport import GenerateSender
 from millrace.perf.loadgen.workload import poisson_arrivals, random_ids, random_requests
 from millrace.v1 import inference_pb2 as pb
@@ -128,6 +136,51 @@ def test_the_open_loop_counts_from_the_intended_time(serve_script, script):
     late = asyncio.run(held_up()).records[1]
     assert late.sent_s - late.intended_s > 0.15
     assert late.ttft_s is not None and late.ttft_s > 0.15
+
+
+# ---------------------------------------------------------------- tenants
+
+
+def test_tenants_send_by_their_shares_well_mixed():
+    requests = random_requests(8, 4, 2, 1000, [0])
+    assign(requests, parse_tenants("chat:3, batch:1:5"))
+    assert [r.tenant for r in requests].count("chat") == 6
+    assert {r.tenant for r in requests[:4]} == {r.tenant for r in requests[4:]} == {"chat", "batch"}
+    assert all(r.HasField("priority") == (r.tenant == "batch") for r in requests)
+    assert {r.priority for r in requests if r.tenant == "batch"} == {5}
+
+
+def test_a_priority_is_of_all_that_give_none():
+    assert [t.priority for t in parse_tenants("a:1,b:1:0", 7)] == [7, 0]
+    assert parse_tenants(None, 7) == (Tenant("", 1, 7),)
+    assert parse_tenants(None) == ()
+
+
+@pytest.mark.parametrize("text", ["", "a", "a:", ":1", "a:0", "a:x", "a:1:2:3", "a:-1", "a:1,a:2"])
+def test_what_names_no_tenants_is_refused(text):
+    with pytest.raises(ValueError, match=r"form|share|once"):
+        parse_tenants(text)
+
+
+def test_each_tenant_has_its_own_figures():
+    slow, quick = record(0.0, 0.0, [[4.0, 5.0]], 5.0), record(0.0, 0.0, [[1.0, 2.0]], 2.0)
+    slow.tenant, quick.tenant = "slow", "quick"
+    failed = Record("bad", 0.0, 0.0, 1.0, status="CANCELLED", tenant="slow")
+    found = by_tenant(Run(0.0, [slow, quick, failed, record(0.0, 0.0, [[1.0]], 9.0)]))
+    assert {name: s.ttft.median for name, s in found.items()} == {"slow": 4000.0, "quick": 1000.0}
+    assert found["quick"].output_tokens_per_s == 1.0  # of its own two seconds
+    lines = tenant_lines(found)
+    assert lines[0].startswith("tenant slow: 1 requests, 0.4 tokens/s, TTFT median 4000 ms")
+    assert lines[0].endswith("1 failed") and "failed" not in lines[1]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_server_hears_who_sends(serve_script, script, mode):
+    scripted = script()
+    asked = replace(load(serve_script(scripted), mode), tenants=parse_tenants("a:2,b:1", 3))
+    run = asyncio.run(run_load(asked))
+    assert sorted(scripted.senders) == [("a", 3)] * 4 + [("b", 3)] * 2
+    assert {name: share.successful for name, share in by_tenant(run).items()} == {"a": 4, "b": 2}
 
 
 # ---------------------------------------------------------------- figures

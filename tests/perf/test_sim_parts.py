@@ -107,6 +107,27 @@ def test_loads_count_the_context_that_decodes_read():
     assert last.context_tokens == 22
 
 
+@pytest.mark.parametrize("width", [1, 3, 8, 100])
+def test_a_window_bounds_what_is_read_and_paired(width):
+    """Position by position: it sees itself and the `width` - 1 before it."""
+    counter, chunks = LoadCounter(4, [width]), [(0, 5), (5, 12), (17, 1)]
+    for start, length in chunks:
+        plan = StepPlan(1, prefill=[PrefillChunk(0, start, length, False)])
+        (found,) = counter.count(plan).windowed
+        seen = [range(max(0, p - width + 1), p + 1) for p in range(start, start + length)]
+        assert found.prefill_pairs == sum(map(len, seen))
+        assert found.prefill_context_tokens == len(set().union(*seen))
+    counter.count(StepPlan(2, prefill=[PrefillChunk(1, 0, 2, True)]))
+    load = counter.count(StepPlan(3, decode_joins=[0, 1], num_decodes=2))
+    assert load.context_tokens == 19 + 3
+    assert load.windowed[0].context_tokens == min(19, width) + min(3, width)
+
+
+def test_swapped_blocks_are_counted_both_ways():
+    plan = StepPlan(1, swap_outs=[(4, 0), (5, 1)], swap_ins=[(2, 7)])
+    assert LoadCounter(4).count(plan).swapped_blocks == 3
+
+
 # ---------------------------------------------------------------- sessions
 
 

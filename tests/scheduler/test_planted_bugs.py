@@ -167,6 +167,13 @@ BUGS = {
     "blocks go back that a chunk in flight reads": Bug(
         BlockTables, "slide", {"launched[0][1] if launched else position": "position"}
     ),
+    "what is traded for a copy is not referenced": Bug(
+        BlockTables, "_join", {"self._pool.share(theirs[first:])": "pass"}
+    ),
+    "a copy is traded, and kept": Bug(BlockTables, "_join", {"self._pool.give_back(ours)": "pass"}),
+    "a copy is traded though the beginning is gone": Bug(
+        BlockTables, "leave", {" and table.num_gone[slot] == 0": ""}
+    ),
     "the beginning of a chain goes back before its end": Bug(
         BlockTables, "slide", {" and end >= chain.num_blocks": ""}
     ),

@@ -25,7 +25,7 @@ TIMEOUT_S = 300.0  # of a program that would otherwise hang; a busy machine is s
 @pytest.fixture(scope="module")
 def server() -> Iterator[ServerProcess]:
     """`millrace serve` with the built-in model, for all tests of this file."""
-    with ServerProcess(["--max-running", "8"]) as server:
+    with ServerProcess(["--max-running", "8", "--policy", "fair_share"]) as server:
         yield server
 
 
@@ -83,6 +83,14 @@ def test_deadline_keeps_what_came_in_time(server: ServerProcess) -> None:
     tokens = re.fullmatch(r"the request's deadline has passed; (\d+) tokens came in time", last)
     assert tokens is not None, last
     assert int(tokens[1]) > 0
+
+
+def test_a_small_tenant_does_not_wait_for_the_greedy_one(server: ServerProcess) -> None:
+    """Eight of sixteen run; by arrival the question would be the last."""
+    line = example("tenants", server).strip()
+    answer = re.fullmatch(r"desk: '(.*)' after (\d+) of batch's 16 answers", line)
+    assert answer is not None, line
+    assert "Paris" in answer[1] and int(answer[2]) <= 8
 
 
 def test_the_readmes_client_runs(server: ServerProcess) -> None:
