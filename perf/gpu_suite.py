@@ -68,6 +68,14 @@ PARTS = (  # the budgets together are no more than TOTAL_S: no part lives on ano
     Part("deterministic", "millrace.perf.e2e.deterministic", 27, needs_ceilings=False),
     Part("start", "millrace.perf.e2e.start", 50, needs_ceilings=False),
     Part("serve", "millrace.perf.e2e.serve", 14, needs_ceilings=False),
+    Part(
+        "start-8b",
+        "millrace.perf.e2e.start",
+        200,
+        needs_ceilings=False,
+        entry="run_big_from_files",
+        by_name=True,
+    ),
     Part("vllm", "millrace.perf.e2e.vllm", 400, needs_ceilings=False, by_name=True),
 )
 
