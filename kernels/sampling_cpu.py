@@ -96,7 +96,7 @@ class _Rows:
 
     def edited(self) -> Tensor:
         """Steps 1 to 5: the logits themselves if no row has an edit, else a copy f32[R, V]."""
-        wanted = self.of("has_bias") | self.of("has_penalties")
+        wanted = self.of("has_bias") | self.of("has_bans") | self.of("has_penalties")
         wanted |= self.positions < self.of("min_position")
         if not wanted.any():
             return self.logits

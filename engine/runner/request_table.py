@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import torch
 
-from millrace.kernels.slot_sampling import SlotSampling
+from millrace.kernels.slot_sampling import FLAG_OF, SlotSampling
 
 Views = dict[str, torch.Tensor]
 
@@ -67,7 +67,7 @@ class RequestTable:
             if kind == "sampling":
                 getattr(self.sampling, field)[slots] = rows
             elif kind == "wide":
-                getattr(self.sampling, field)[changes["wide_slots"]] = rows
+                getattr(self.sampling, field)[changes[f"slots.{FLAG_OF[field]}"]] = rows
 
     def addresses(self) -> list[int]:
         """Where each tensor lies: must be the same for as long as a graph is captured."""
