@@ -84,7 +84,7 @@ def edited_logits(row, x, o_vocab, m_vocab):
     if tl.load(tables.p_has_bans + slot):
         p_words = tables.p_allowed + slot * tl.cdiv(tables.vocab, _WORD_BITS)
         words = tl.load(p_words + o_vocab // _WORD_BITS, mask=m_vocab, other=_ALL)
-        x += tl.where((words >> o_vocab % _WORD_BITS) & 1 == 0, float("-inf"), 0.0)
+        x = tl.where((words >> o_vocab % _WORD_BITS) & 1 == 0, x + float("-inf"), x)
     if tl.load(tables.p_has_bias + slot):
         x += tl.load(tables.p_bias + start + o_vocab, mask=m_vocab, other=0.0)
     if row.position < tl.load(tables.p_min_position + slot):

@@ -97,8 +97,8 @@ def sample_reference(
 def edit_row(row: Tensor, slot: int, position: int, params: SlotSampling) -> Tensor:
     """Steps 2 to 5 in place on one row f32[V], which is returned."""
     if params.has_bans[slot]:
-        banned = ~members(params.allowed[slot], params.vocab)
-        row += torch.zeros_like(row).masked_fill_(banned, -math.inf)
+        allowed = members(params.allowed[slot], params.vocab)
+        row.copy_(torch.where(allowed, row, row - math.inf))
     if params.has_bias[slot]:
         row += params.bias[slot]
     if position < params.min_position[slot]:

@@ -76,9 +76,10 @@ MAX_VOCAB = 1 << 19
 FLAT_PROGRAMS = 528
 """Programs that share the tiles of the flat rows, however many there are: a grid must be known
 before the rows are. Four for each multiprocessor of an H100."""
-STATS_WARPS, GATHER_WARPS, FINISH_WARPS = 8, 4, 4
-FLAT_WARPS, BRACKET_WARPS, SETTLE_WARPS = 8, 16, 16
-"""Warps per program: what compiles for every target without a spill, and no more."""
+STATS_WARPS, SCORED_WARPS, GATHER_WARPS, FINISH_WARPS = 8, 16, 4, 4
+COUNT_WARPS, BRACKET_WARPS, SIFT_WARPS, SETTLE_WARPS = 16, 16, 8, 16
+"""Warps per program: what compiles for every target without a spill, and no more. Sixteen where
+eight would leave a multiprocessor half empty, for their registers."""
 
 
 def bound_warps(tiles: int) -> int:
@@ -292,7 +293,7 @@ class _Launch:
             *(self.inputs, s.maxima, s.masses, s.least, s.moments, s.best, s.best_id),
             *(notes.maxima, notes.best, notes.mass, self.tiles),
             SCORED=self.scored,
-            num_warps=STATS_WARPS,
+            num_warps=SCORED_WARPS if self.scored else STATS_WARPS,
             enable_fp_fusion=False,
         )
 
@@ -321,7 +322,7 @@ class _Launch:
         s, few = self.scratch, min(FLAT_PROGRAMS, self.rows * self.tiles)
         count_kernel[(few,)](
             *(self.inputs, s.best, s.bound, s.flat, s.span, s.bins, self.tiles),
-            num_warps=FLAT_WARPS,
+            num_warps=COUNT_WARPS,
             enable_fp_fusion=False,
         )
         bracket_kernel[(self.rows,)](
@@ -332,7 +333,7 @@ class _Launch:
         sift_kernel[(few,)](
             *(self.inputs, s.bound, s.count, s.keys, s.flat, s.span, s.fates, s.sums, *certain),
             self.tiles,
-            num_warps=FLAT_WARPS,
+            num_warps=SIFT_WARPS,
             enable_fp_fusion=False,
         )
         settle_kernel[(self.rows,)](

@@ -17,6 +17,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+ArgumentType = str | tuple[str, ...]
+"""Triton's name of a type ("*bf16", "i32"), or those of the parts of a tuple."""
 ALIGNED = [["tt.divisibility", 16]]
 """What Triton knows of a pointer that PyTorch allocated, or of an integer that 16 divides."""
 
@@ -45,14 +47,14 @@ TARGETS = {
 class KernelSpec:
     """A kernel with one signature that it is launched with.
 
-    `types` maps arguments to Triton's names of types ("*bf16", "i32"). Arguments in `constants` are
+    `types` maps arguments to their types; a tuple may be a named one. Arguments in `constants` are
     constexpr, or were specialised to that value (an integer 1, a None). `aligned` names integers
     that 16 divides at every launch; pointers always are aligned.
     """
 
     name: str  # as in docs/kernels.md
     kernel: Any  # the triton.JITFunction
-    types: Mapping[str, str]
+    types: Mapping[str, ArgumentType]
     constants: Mapping[str, Any] = field(default_factory=dict)
     num_warps: int = 4
     num_stages: int = 3
@@ -97,18 +99,27 @@ def compile_spec(spec: KernelSpec, target: Target) -> CompiledKernel:
     return CompiledKernel(registers, spills, shared, compiled.asm["ptx"])
 
 
-def _attributes(spec: KernelSpec, types: Mapping[str, str]) -> dict[tuple[int], list[list[Any]]]:
+def _attributes(
+    spec: KernelSpec, types: Mapping[str, ArgumentType]
+) -> dict[tuple[int, ...], list[list[Any]]]:
     """What is known of each argument, spelt as a launch spells it: it is part of the cache's key.
 
-    So a launch with this signature on such a GPU finds what was compiled here.
+    So a launch with this signature on such a GPU finds what was compiled here. A key is the
+    argument's place, and of a tuple's part also its place in there.
     """
-    found = {}
+    found: dict[tuple[int, ...], list[list[Any]]] = {}
     for i_argument, param in enumerate(spec.kernel.params):
         kind = types[param.name]
-        if kind.startswith("*") or param.name in spec.aligned:
-            found[(i_argument,)] = ALIGNED
-        elif kind == "constexpr" or (kind.startswith("i") and not param.do_not_specialize):
-            found[(i_argument,)] = []
+        parts = (
+            {(i_argument,): kind}
+            if isinstance(kind, str)
+            else {(i_argument, i_part): part for i_part, part in enumerate(kind)}
+        )
+        for place, part in parts.items():
+            if part.startswith("*") or param.name in spec.aligned:
+                found[place] = ALIGNED
+            elif part == "constexpr" or (part.startswith("i") and not param.do_not_specialize):
+                found[place] = []
     return found
 
 

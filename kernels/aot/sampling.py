@@ -10,19 +10,30 @@ from millrace.kernels import (
     sampling_flat_triton,
     sampling_triton,
 )
-from millrace.kernels.aot.compiler import KernelSpec
+from millrace.kernels.aot.compiler import ArgumentType, KernelSpec
+from millrace.kernels.rows_triton import Rows
 
-TYPES = {  # of the arguments that are not *fp32
+ROWS = Rows(
+    p_logits="*bf16",
+    p_slots="*i64",
+    p_positions="*i64",
+    p_scalars="*fp32",
+    p_seed="*i64",
+    p_bias="*fp32",
+    p_has_bias="*i1",
+    p_allowed="*i32",
+    p_has_bans="*i1",
+    p_prompt_seen="*i1",
+    p_output_counts="*i32",
+    p_has_penalties="*i1",
+    p_stop_ids="*i32",
+    p_min_position="*i64",
+    stride_logits="i32",
+    vocab="i32",
+)
+TYPES: dict[str, ArgumentType] = {  # of the arguments that are not *fp32
+    "rows": ROWS,
     "p_logits": "*bf16",
-    "p_slots": "*i64",
-    "p_positions": "*i64",
-    "p_seed": "*i64",
-    "p_has_bias": "*i1",
-    "p_seen": "*i1",
-    "p_counts": "*i32",
-    "p_has_penalties": "*i1",
-    "p_stop_ids": "*i32",
-    "p_min_position": "*i64",
     "p_mass": "*i64",
     "p_moments": "*fp64",
     "p_best_id": "*i32",
@@ -52,7 +63,7 @@ TYPES = {  # of the arguments that are not *fp32
 
 
 def _spec(name: str, kernel: Any, num_warps: int, **constants: Any) -> KernelSpec:
-    types: Mapping[str, str] = {n: TYPES.get(n, "*fp32") for n in kernel.arg_names}
+    types: Mapping[str, ArgumentType] = {n: TYPES.get(n, "*fp32") for n in kernel.arg_names}
     return KernelSpec(name, kernel, types, constants, num_warps)
 
 
@@ -65,13 +76,13 @@ def _specs(prefix: str, tiles: int, keys: int) -> tuple[KernelSpec, ...]:
     sizes = {"BINS": flat.BINS, "SUMS": flat.SUMS}
     kernels: tuple[tuple[str, Any, int, dict[str, Any]], ...] = (
         ("stats", sampling.stats_kernel, sampling.STATS_WARPS, {"SCORED": False} | one),
-        ("stats, scored", sampling.stats_kernel, sampling.STATS_WARPS, {"SCORED": True} | one),
+        ("stats, scored", sampling.stats_kernel, sampling.SCORED_WARPS, {"SCORED": True} | one),
         ("bound", filters.bound_kernel, sampling.bound_warps(tiles), padded),
         ("gather", filters.gather_kernel, sampling.GATHER_WARPS, {}),
         ("finish", filters.finish_kernel, sampling.FINISH_WARPS, sizes | padded),
-        ("count", flat.count_kernel, sampling.FLAT_WARPS, one),
+        ("count", flat.count_kernel, sampling.COUNT_WARPS, one),
         ("bracket", flat.bracket_kernel, sampling.BRACKET_WARPS, {}),
-        ("sift", flat.sift_kernel, sampling.FLAT_WARPS, one),
+        ("sift", flat.sift_kernel, sampling.SIFT_WARPS, one),
         ("settle", flat.settle_kernel, sampling.SETTLE_WARPS, padded),
         ("exhaust", last.exhaust_kernel, last.EXHAUST_WARPS, {}),
         ("raw tile", logprobs.raw_tile_kernel, logprobs.WARPS, one),
