@@ -60,6 +60,13 @@ def xtc_threshold(row):
 
 
 @triton.jit
+def filters_of(row):
+    """(top_k, typical_p, top_p, min_p, xtc), the last of them as `xtc_threshold`."""
+    top_k, typical_p, top_p = asked(row, TOP_K), asked(row, TYPICAL_P), asked(row, TOP_P)
+    return top_k, typical_p, top_p, asked(row, MIN_P), xtc_threshold(row)
+
+
+@triton.jit
 def is_filtered(row):
     """Whether the row samples through any filter."""
     samples, _, _ = temperature_factors(row)

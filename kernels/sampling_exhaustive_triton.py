@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from millrace.kernels.edits_triton import NO_XTC, scaled_logits, temperature_factors, xtc_threshold
+from millrace.kernels.edits_triton import NO_XTC, filters_of, scaled_logits, temperature_factors
 from millrace.kernels.order_triton import (
     NO_ID,
     key_id,
@@ -23,7 +23,7 @@ from millrace.kernels.order_triton import (
     survives,
 )
 from millrace.kernels.rng_triton import gumbel_at
-from millrace.kernels.rows_triton import MIN_P, TOP_K, TOP_P, TYPICAL_P, asked, row_at
+from millrace.kernels.rows_triton import row_at
 from millrace.kernels.sampling_filters_triton import (
     KEY_ROOM,
     expected_logit,
@@ -141,9 +141,7 @@ def exhaust_kernel(
     if count > _KEY_ROOM:
         best = tl.load(p_span + i_row * 2)
         row = row_at(rows, i_row)
-        top_k, typical_p = asked(row, TOP_K), asked(row, TYPICAL_P)
-        top_p, min_p = asked(row, TOP_P), asked(row, MIN_P)
-        xtc = xtc_threshold(row)
+        top_k, typical_p, top_p, min_p, xtc = filters_of(row)
         # What the bound leaves out no later filter needs; top-n-sigma's is part of it.
         low = lowest_key(tl.load(p_bound + i_row))
         high = lowest_key(best) + NO_ID

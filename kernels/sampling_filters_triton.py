@@ -21,10 +21,10 @@ import triton.language as tl
 
 from millrace.kernels.edits_triton import (
     NO_XTC,
+    filters_of,
     is_filtered,
     scaled_logits,
     temperature_factors,
-    xtc_threshold,
 )
 from millrace.kernels.logprobs import MASS_ONE
 from millrace.kernels.order_triton import (
@@ -311,9 +311,7 @@ def survivors(row, keys, m_kept, best, row_total, outside):
     count, mass_1, distance_1, mass_2, mass_3, mass_4, best_outside = outside
     beyond = tl.full((), 1, tl.int64) << KEY_BITS
     high, near, expected = beyond, tl.full((), 0, tl.int64), tl.full((), 0, tl.float32)
-    top_k, typical_p = asked(row, TOP_K), asked(row, TYPICAL_P)
-    top_p, min_p = asked(row, TOP_P), asked(row, MIN_P)
-    xtc = xtc_threshold(row)
+    top_k, typical_p, top_p, min_p, xtc = filters_of(row)
     if top_k > 0:
         cut = head(keys, m_kept.to(tl.int64), count, top_k.to(tl.int64), KEY_BITS)
         m_kept = m_kept & (keys >= cut)

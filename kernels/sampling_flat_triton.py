@@ -1,7 +1,7 @@
 """Filters of flat rows on the GPU: too many candidates for a list, so most of them are decided by
 the bin they fall in, in two more sweeps of the logits, side by side over tiles.
 
-    count     flat row x tile   how many candidates fall in each of 4096 bins: of equal width from
+    count     flat row x block  how many candidates fall in each of 4096 bins: of equal width from
                                 the best logit down, and one for all below
     bracket   flat row          the fate of each bin: what a filter must do to all of its tokens, or
                                 IN_DOUBT
@@ -27,11 +27,11 @@ costs next to nothing.
 import triton
 import triton.language as tl
 
-from millrace.kernels.edits_triton import NO_XTC, scaled_logits, temperature_factors, xtc_threshold
+from millrace.kernels.edits_triton import NO_XTC, filters_of, scaled_logits, temperature_factors
 from millrace.kernels.order_triton import KEY_BITS, NO_ID, key_of, store_kept
 from millrace.kernels.rng import CALLS_PER_TILE, TILE
 from millrace.kernels.rng_triton import gumbel_calls
-from millrace.kernels.rows_triton import MIN_P, TOP_K, TOP_P, TYPICAL_P, asked, row_at
+from millrace.kernels.rows_triton import row_at
 from millrace.kernels.sampling_filters_triton import (
     KEY_ROOM,
     append_keys,
@@ -44,7 +44,8 @@ from millrace.kernels.sampling_filters_triton import (
 
 BINS = 4096
 BLOCKS_PER_TILE = 2
-"""Blocks that `sift` cuts a tile into: a block's tokens share the calls of its noise."""
+"""Blocks that a tile is cut into, so that a program's tokens fit its registers. `sift` cuts it so
+that a block's tokens share the calls of their noise."""
 SUMS = 6
 """Of the tokens outside the list: their number, mass_1, distance_1, mass_2, mass_3 and mass_4."""
 
@@ -53,6 +54,7 @@ _SUMS = tl.constexpr(SUMS)
 _TILE = tl.constexpr(TILE)
 _CALLS = tl.constexpr(CALLS_PER_TILE)
 _BLOCKS = tl.constexpr(BLOCKS_PER_TILE)
+_BLOCK = tl.constexpr(TILE // BLOCKS_PER_TILE)
 _BLOCK_CALLS = tl.constexpr(CALLS_PER_TILE // BLOCKS_PER_TILE)
 _KEY_ROOM = tl.constexpr(KEY_ROOM)
 # Fates, ordered by how far a token comes: dropped by top-k (or below the bound), ..., by XTC.
@@ -81,13 +83,14 @@ def count_kernel(
     p_bins,
     tiles,
 ):
-    for i_item in range(tl.program_id(0), tl.load(p_flat) * tiles, tl.num_programs(0)):
-        i_row, i_tile = tl.load(p_flat + 1 + i_item // tiles).to(tl.int64), i_item % tiles
+    blocks = tiles * _BLOCKS
+    for i_item in range(tl.program_id(0), tl.load(p_flat) * blocks, tl.num_programs(0)):
+        i_row, i_block = tl.load(p_flat + 1 + i_item // blocks).to(tl.int64), i_item % blocks
         bound = tl.load(p_bound + i_row)
-        if tl.load(p_best + i_row * tiles + i_tile) >= bound:
+        if tl.load(p_best + i_row * tiles + i_block // _BLOCKS) >= bound:
             row = row_at(rows, i_row)
             best, width = tl.load(p_span + i_row * 2), tl.load(p_span + i_row * 2 + 1)
-            o_vocab = i_tile * _TILE + tl.arange(0, _TILE)
+            o_vocab = i_block * _BLOCK + tl.arange(0, _BLOCK)
             x = scaled_logits(row, o_vocab, o_vocab < rows.vocab)
             # Not tl.histogram, which costs each warp as many registers as there are bins.
             bins = _bins_of(tl.maximum(x, bound), best, width)
@@ -148,9 +151,7 @@ def bracket_kernel(
     if tl.program_id(0) < tl.load(p_flat):
         i_row = tl.load(p_flat + 1 + tl.program_id(0)).to(tl.int64)
         row = row_at(rows, i_row)
-        top_k, typical_p = asked(row, TOP_K), asked(row, TYPICAL_P)
-        top_p, min_p = asked(row, TOP_P), asked(row, MIN_P)
-        xtc = xtc_threshold(row)
+        top_k, typical_p, top_p, min_p, xtc = filters_of(row)
         best, width = tl.load(p_span + i_row * 2), tl.load(p_span + i_row * 2 + 1)
         o_bin = tl.arange(0, _BINS)
         counts = tl.load(p_bins + i_row * _BINS + o_bin)

@@ -77,9 +77,9 @@ FLAT_PROGRAMS = 528
 """Programs that share the tiles of the flat rows, however many there are: a grid must be known
 before the rows are. Four for each multiprocessor of an H100."""
 STATS_WARPS, SCORED_WARPS, GATHER_WARPS, FINISH_WARPS = 8, 16, 4, 4
-COUNT_WARPS, BRACKET_WARPS, SIFT_WARPS, SETTLE_WARPS = 16, 16, 8, 16
-"""Warps per program: what compiles for every target without a spill, and no more. Sixteen where
-eight would leave a multiprocessor half empty, for their registers."""
+FLAT_WARPS, BRACKET_WARPS, SETTLE_WARPS = 8, 16, 16
+"""Warps per program: what compiles for every target without a spill, and no more; of the scored
+sweep twice that, as eight take registers that would leave a multiprocessor half empty."""
 
 
 def bound_warps(tiles: int) -> int:
@@ -322,7 +322,7 @@ class _Launch:
         s, few = self.scratch, min(FLAT_PROGRAMS, self.rows * self.tiles)
         count_kernel[(few,)](
             *(self.inputs, s.best, s.bound, s.flat, s.span, s.bins, self.tiles),
-            num_warps=COUNT_WARPS,
+            num_warps=FLAT_WARPS,
             enable_fp_fusion=False,
         )
         bracket_kernel[(self.rows,)](
@@ -333,7 +333,7 @@ class _Launch:
         sift_kernel[(few,)](
             *(self.inputs, s.bound, s.count, s.keys, s.flat, s.span, s.fates, s.sums, *certain),
             self.tiles,
-            num_warps=SIFT_WARPS,
+            num_warps=FLAT_WARPS,
             enable_fp_fusion=False,
         )
         settle_kernel[(self.rows,)](
