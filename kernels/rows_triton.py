@@ -61,9 +61,24 @@ class Row(NamedTuple):
 
 def rows_of(logits: Tensor, slots: Tensor, positions: Tensor, params: SlotSampling) -> Rows:
     """The argument of a launch, of tensors that `check_inputs` has passed."""
-    names = [name.removeprefix("p_") for name in Rows._fields[3:-2]]
-    tables = (getattr(params, name) for name in names)
-    return Rows(logits, slots, positions, *tables, logits.stride(0), logits.shape[1])
+    return Rows(
+        p_logits=logits,
+        p_slots=slots,
+        p_positions=positions,
+        p_scalars=params.scalars,
+        p_seed=params.seed,
+        p_bias=params.bias,
+        p_has_bias=params.has_bias,
+        p_allowed=params.allowed,
+        p_has_bans=params.has_bans,
+        p_prompt_seen=params.prompt_seen,
+        p_output_counts=params.output_counts,
+        p_has_penalties=params.has_penalties,
+        p_stop_ids=params.stop_ids,
+        p_min_position=params.min_position,
+        stride_logits=logits.stride(0),
+        vocab=logits.shape[1],
+    )
 
 
 @triton.jit

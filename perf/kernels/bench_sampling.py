@@ -1,9 +1,10 @@
 """Logits to token ids at a vocabulary of 128k: plain, and with filters and logprobs.
 
 Bytes: 4 R V, the float32 logits of R rows read once, and R V / 8 where bans are read beside them;
-all else is small. So a share of 1 / 1.15 is "within 1.15 times one read of the logits". Logits rotate, the parameters do not: a server's slots
-stay where they are. A batch of 1 reads half a megabyte, less than any launch takes: there
-`share_at_size`, beside a copy of as many bytes, says more.
+all else is small. So a share of 1 / 1.15 is "within 1.15 times one read of the logits". Logits
+rotate, the parameters do not: a server's slots stay where they are. A batch of 1 reads half a
+megabyte, less than any launch takes: there `share_at_size`, beside a copy of as many bytes, says
+more.
 
     plain         temperature 1, no filter
     bans          the same, with a mask of the tokens that may be drawn
