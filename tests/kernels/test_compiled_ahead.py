@@ -9,6 +9,10 @@ triton = pytest.importorskip("triton")
 
 from millrace.kernels import norm_triton  # noqa: E402
 from millrace.kernels.aot import SPECS, TARGETS, compile_spec  # noqa: E402
+from millrace.kernels.rows_triton import rows_of  # noqa: E402
+from millrace.kernels.sampling_filters_triton import gather_kernel  # noqa: E402
+from millrace.kernels.sampling_triton import GATHER_WARPS  # noqa: E402
+from millrace.kernels.slot_sampling import SlotSampling  # noqa: E402
 
 KERNEL, TARGET = norm_triton.rms_norm_kernel, TARGETS["sm_90"]
 pytestmark = pytest.mark.skipif(
@@ -40,7 +44,8 @@ def found_by(monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(triton.JITFunction, "run", look_up)
     monkeypatch.setattr(triton.runtime.driver, "_active", DriverOfAbsentGPU())
-    monkeypatch.setattr(KERNEL, "device_caches", defaultdict(KERNEL.create_binder))
+    for kernel in (KERNEL, gather_kernel):
+        monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
 
     def found(call):
         hits = []
@@ -63,3 +68,18 @@ def test_a_launch_finds_what_was_compiled_for_its_signature_and_nothing_else(fou
     compile_spec(spec, TARGET)
     assert found_by(launch(576)) == [True]
     assert found_by(launch(640)) == [False]
+
+
+def test_so_does_a_launch_whose_argument_is_a_tuple(found_by):
+    (spec,) = (spec for spec in SPECS if spec.name == "sampling gather")
+    zero, numbers = torch.zeros(1, dtype=torch.int64), torch.zeros(4096, dtype=torch.int32)
+
+    def launch(dtype):
+        rows = rows_of(torch.zeros(1, 5001).to(dtype), zero, zero, SlotSampling.zeros(1, 5001))
+        lists = (numbers.float(), numbers, numbers, numbers, numbers.long())
+        options = {"num_warps": GATHER_WARPS}  # and as it is compiled: with multiply-adds
+        return lambda: gather_kernel[(1, 1)](rows, *lists, **options)
+
+    compile_spec(spec, TARGET)
+    assert found_by(launch(torch.bfloat16)) == [True]
+    assert found_by(launch(torch.float32)) == [False]
