@@ -125,7 +125,6 @@ ROW_INVARIANT_ON_CPU = replace(
     silu_mul=row_invariant_cpu.silu_mul,
     kv_append=row_invariant_cpu.append,
     prepare_attention=row_invariant_cpu.prepare_queries,
-    pack_linear=row_invariant_cpu.pack_row_invariant,
     sample=row_invariant_cpu.sample,
 )
 
@@ -145,7 +144,7 @@ def operations(
     if attention_backend == "auto":
         attention_backend = "triton" if on_gpu else "torch"
     if deterministic and attention_backend == "torch" and not on_gpu:
-        return ROW_INVARIANT_ON_CPU
+        return replace(ROW_INVARIANT_ON_CPU, pack_linear=row_invariant_cpu.RowInvariantPacking())
     if deterministic and attention_backend != "triton":
         raise ValueError(
             f"deterministic: attention_backend {attention_backend} on {device.type} gives a row "

@@ -4,9 +4,11 @@ Batch, chunk and neighbours change a row's last bits in four ways. None is left 
 
     products       oneDNN picks its kernel by the number of rows. Here a product has one of the
                    `ROW_SIZES`, its last rows padded with zeros, and of these only sizes that were
-                   seen to agree: `agreeing_sizes` multiplies one row, in every place of every size,
-                   and compares bits. The order of a sum does not depend on what is summed, so what
-                   agrees for a random row does for all
+                   seen to agree: `agreeing_sizes` multiplies one random row, in every place of
+                   every size, and compares bits. The order of a sum does not depend on what is
+                   summed, so what agrees for one row and one weight of a shape does for all. The
+                   weight is the model's first of that shape, as it has been packed anyhow; only
+                   where its elements are too much alike to show an order, a random one is made
     elementwise    torch deals out more than GRAIN elements to its threads. Where a thread's share
                    ends in the middle of a row it takes exp from another library than elsewhere.
                    Here a call has at most GRAIN elements, or one row
@@ -20,8 +22,7 @@ prompt pays for it most: its attention reads the context for every query again.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from functools import cache
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -37,6 +38,7 @@ from millrace.kernels.slot_sampling import SlotSampling
 
 GRAIN = 32768  # elements that one thread computes alone: at::internal::GRAIN_SIZE
 ROW_SIZES = (1, 4, 16, 64)
+SAMPLES, DISTINCT = 4096, 256  # bf16 leaves some 1,300 of a normal sample
 
 
 class NotRowInvariant(ValueError):
@@ -64,33 +66,52 @@ class RowInvariantLinear(PackedLinear):
         return PackedLinear.__call__(self, x)[:rows]
 
 
-def pack_row_invariant(weight: Tensor, bias: Tensor | None = None) -> RowInvariantLinear:
-    """`pack_linear` of a float32 weight; NotRowInvariant where nothing of this shape is."""
-    expect("weight", weight, (None, None), torch.float32)
-    packed = pack_linear(weight, bias)
-    n, k = weight.shape
-    sizes = agreeing_sizes(n, k, bias is not None, torch.get_num_threads())
-    own = {field.name: getattr(packed, field.name) for field in fields(packed)}
-    return RowInvariantLinear(**own, row_sizes=sizes)
+@dataclass(frozen=True, slots=True)
+class RowInvariantPacking:
+    """`pack_linear` for float32 weights of one model: each shape is looked at once."""
+
+    _agreed: dict[tuple[int, int, bool, int], tuple[int, ...]] = field(default_factory=dict)
+
+    def __call__(self, weight: Tensor, bias: Tensor | None = None) -> RowInvariantLinear:
+        """NotRowInvariant where the library has no such product of this shape."""
+        expect("weight", weight, (None, None), torch.float32)
+        packed = pack_linear(weight, bias)
+        # The number of threads decides how a product is cut.
+        shape = (*weight.shape, bias is not None, torch.get_num_threads())
+        if shape not in self._agreed:
+            self._agreed[shape] = agreeing_sizes(packed if tells(weight) else random_like(packed))
+        own = {field.name: getattr(packed, field.name) for field in fields(packed)}
+        return RowInvariantLinear(**own, row_sizes=self._agreed[shape])
 
 
-@cache
-def agreeing_sizes(n: int, k: int, has_bias: bool, num_threads: int) -> tuple[int, ...]:
-    """The ROW_SIZES whose products with a weight [n, k] give a row the same bits in any place.
+def tells(weight: Tensor) -> bool:
+    """Whether a sum over these elements would show that its order is another one.
 
-    `num_threads` is a part of the key: it decides how a product is cut.
+    Zeros or ones would not. Looks at SAMPLES of them, spread over the weight.
     """
+    sample = weight.reshape(-1)[:: weight.numel() // SAMPLES or 1]
+    return len(sample.unique()) >= DISTINCT
+
+
+def random_like(packed: PackedLinear) -> PackedLinear:
+    """A layer of the same shape that tells; as slow to make as it is large."""
     random = torch.Generator().manual_seed(0)
-    weight = torch.empty(n, k).normal_(generator=random)
-    linear = pack_linear(weight, weight[:, 0].contiguous() if has_bias else None)
-    row = torch.empty(1, k).normal_(generator=random)
+    weight = torch.empty(packed.out_features, packed.in_features).normal_(generator=random)
+    return pack_linear(weight, None if packed.bias is None else weight[:, 0].contiguous())
+
+
+def agreeing_sizes(linear: PackedLinear) -> tuple[int, ...]:
+    """The ROW_SIZES whose products give a row the same bits in any place."""
+    random = torch.Generator().manual_seed(0)
+    row = torch.empty(1, linear.in_features).normal_(generator=random)
     found: dict[int, Tensor] = {}
     for size in ROW_SIZES:
         y = linear(row.repeat(size, 1))
         if torch.equal(y, y[:1].expand_as(y)):
             found[size] = y[0].clone()
     if not found:
-        raise NotRowInvariant(f"weight [{n}, {k}]: this CPU's library sums its rows differently")
+        shape = [linear.out_features, linear.in_features]
+        raise NotRowInvariant(f"weight {shape}: this CPU's library sums its rows differently")
     largest = found[max(found)]
     return tuple(size for size, y in found.items() if torch.equal(y, largest))
 
@@ -174,6 +195,7 @@ def sample(
     positions: Tensor,
     params: SlotSampling,
     scored: bool = False,
+    plain: bool = False,
 ) -> SampledTokens:
     """As `sample_cpu`, a row at a time."""
     drawn = [

@@ -76,12 +76,13 @@ def sample_reference(
     positions: Tensor,
     params: SlotSampling,
     scored: bool = False,
+    plain: bool = False,
 ) -> SampledTokens:
     """Sample one token a row: logits f32|bf16|f16[R, V], slots i64[R], positions i64[R].
 
     `positions` are the absolute positions of the tokens being drawn. `scored` announces that
-    `drawn_logprobs` will be called for the rows; here it changes nothing. ValueError names what
-    does not fit.
+    `drawn_logprobs` will be called for the rows, `plain` that no row has a filter (the caller sees
+    to that); here they change nothing. ValueError names what does not fit.
     """
     check_inputs(logits, slots, positions, params)
     token_ids = torch.zeros_like(slots)

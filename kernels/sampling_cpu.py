@@ -43,6 +43,7 @@ def sample_cpu(
     positions: Tensor,
     params: SlotSampling,
     scored: bool = False,
+    plain: bool = False,
 ) -> SampledTokens:
     """As `sample_reference`: same arguments, same tokens. IndexError if a slot is not in [0, S)."""
     check_inputs(logits, slots, positions, params)

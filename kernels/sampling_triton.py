@@ -17,7 +17,8 @@ Launches, none of which waits for the host, whatever the rows ask for:
 
 Nothing of size [R, V] is written: who needs a logit again reads it again, through the same
 `scaled_logits`. Programs leave a kernel at once that is not for their row, so rows without filters
-pay for the first sweep only. A tile is 4096 tokens of the vocabulary whatever the batch; tiles are
+pay for the first sweep only; where the caller knows that no row has any (`plain`), stats and finish
+are all that is launched. A tile is 4096 tokens of the vocabulary whatever the batch; tiles are
 combined by maxima, by integer sums and by sums in order, noise is a function of (seed, position,
 id): nothing depends on R or on the row.
 
@@ -171,10 +172,12 @@ def sample_triton(
     positions: Tensor,
     params: SlotSampling,
     scored: bool = False,
+    plain: bool = False,
 ) -> SampledTokens:
     """As `sample_reference`, on the device; never waits for it. Logits may have any row stride.
 
-    `scored` where `drawn_logprobs_triton` is to follow: the sweep then takes notes for it.
+    `scored` where `drawn_logprobs_triton` is to follow: the sweep then takes notes for it. `plain`
+    where no row has a filter, which is not checked: two launches then do the work of nine.
     """
     check_inputs(logits, slots, positions, params)
     rows, vocab = logits.shape
@@ -192,8 +195,11 @@ def sample_triton(
     if rows:
         launch = _Launch(logits, slots, positions, params, scratch, sampled, scored)
         launch.first_sweep()
-        launch.short_lists()
-        launch.flat_rows()
+        if not plain:
+            launch.short_lists()
+        launch.finish()
+        if not plain:
+            launch.flat_rows()
     return sampled
 
 
@@ -310,6 +316,9 @@ class _Launch:
             num_warps=GATHER_WARPS,
             enable_fp_fusion=False,
         )
+
+    def finish(self) -> None:
+        s = self.scratch
         finish_kernel[(self.rows,)](
             *(self.inputs, s.best, s.best_id, s.least, s.floor, s.bound, s.total, s.count, s.keys),
             *(self.ok, *self.answer, s.flat, s.span, s.bins, s.sums, self.tiles, self.padded),

@@ -1,6 +1,7 @@
 """A tenant of a few requests beside one of five hundred: what that costs it in time to first token.
 
     python -m millrace.perf.fairness --json perf/results/fairness.json
+    python -m millrace.perf.fairness --small-prompt-tokens 96 --no-pauses   # see below
 
 One server of the built-in model with `policy: fair_share`, real gRPC. The small tenant sends one
 request after another: first with the server to itself, then beside the greedy tenant, whose
@@ -11,6 +12,9 @@ A request that comes finds a step under way, and waits for its end whatever the 
 settings are those of somebody who cares for latency on a processor: a step computes few tokens, and
 a prompt of the small tenant fills several, alone as well as beside others. For one that fits into
 a single step, the half step of waiting alone would be half of the goal.
+
+Without pauses the small tenant always has a request under way: it asks for as much as the greedy
+one, and fair shares owe it no more than half of the machine.
 """
 
 from __future__ import annotations
@@ -54,6 +58,7 @@ class Plan:
     small_requests: int = 6  # beside; half of them before and half after
     small_output_tokens: int = 2
     small_prompt_tokens: int = 192  # six steps alone
+    small_pauses: bool = True  # after each request as long as it took
     seed: int = 0
 
 
@@ -129,7 +134,7 @@ async def measure(target: str, plan: Plan) -> Outcome:
 
 @dataclass(frozen=True, slots=True)
 class SmallTenant:
-    """One request at a time, and after each as long a pause: it asks for less than its share."""
+    """One request at a time. With a pause as long after each it asks for less than its share."""
 
     client: AsyncClient
     plan: Plan
@@ -151,7 +156,8 @@ class SmallTenant:
             request.tenant = SMALL
             run = await closed_loop(sender, [request], concurrency=1)
             times += _first_tokens_s(run)
-            await asyncio.sleep(run.duration_s)
+            if plan.small_pauses:
+                await asyncio.sleep(run.duration_s)
         return times
 
 
@@ -200,8 +206,13 @@ def main() -> int:
     """Returns the exit code: 1 where nothing could be measured."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--json", type=Path, help="write what was found here")
+    tokens = Plan().small_prompt_tokens
+    parser.add_argument(
+        "--small-prompt-tokens", type=int, default=tokens, help="default: %(default)s"
+    )
+    parser.add_argument("--no-pauses", action="store_true", help="of the small tenant")
     args = parser.parse_args()
-    plan = Plan()
+    plan = Plan(small_prompt_tokens=args.small_prompt_tokens, small_pauses=not args.no_pauses)
     found_at = environment(plan.seed)
     try:
         with ServerProcess(SERVER) as server:

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from millrace.scheduler.prefix_cache import BlockIds, Node, PrefixCache
+from millrace.scheduler.idle_blocks import BlockIds
+from millrace.scheduler.prefix_cache import Node, PrefixCache
 
 
 class BlockPool:
@@ -51,7 +52,7 @@ class BlockPool:
 
     def num_idle(self, blocks: BlockIds) -> int:
         """How many of these cached blocks nobody references, so that sharing them takes them."""
-        return len(blocks) - int(np.count_nonzero(self.refs[blocks]))
+        return len(blocks) - int(np.count_nonzero(self.refs[blocks])) if len(blocks) else 0
 
     def share(self, blocks: BlockIds) -> None:
         """One more owner for each of these cached blocks."""
@@ -61,9 +62,9 @@ class BlockPool:
 
     def give_back(self, blocks: BlockIds) -> None:
         """One owner less. Last block first: the cache evicts in this order, leaves first."""
-        self.refs[blocks] -= 1
-        idle = blocks[::-1][self.refs[blocks[::-1]] == 0]
-        self._put(self._cache.rest(idle))
+        left = self.refs[blocks] - 1
+        self.refs[blocks] = left
+        self._put(self._cache.rest(blocks[left == 0][::-1]))
 
     def keep_tail(self, tokens: bytes, block: int, parent: Node) -> None:
         """The prefix cache shall know a partly filled block that is about to be given back."""

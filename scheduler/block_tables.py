@@ -17,15 +17,14 @@ import numpy.typing as npt
 
 from millrace.scheduler.block_pool import BlockPool
 from millrace.scheduler.cost_model import CostModel
+from millrace.scheduler.idle_blocks import BlockIds
 from millrace.scheduler.limits import Limits
 from millrace.scheduler.plan import StepPlan
-from millrace.scheduler.prefix_cache import BlockIds, Chain, Node, PrefixCache
+from millrace.scheduler.prefix_cache import NO_BLOCKS, Chain, Node, PrefixCache
 from millrace.scheduler.request import Request
 from millrace.scheduler.slots import SlotTable
 from millrace.scheduler.swap import HostPool, num_shared
 from millrace.scheduler.window import blocks_for
-
-NO_BLOCKS: BlockIds = np.empty(0, np.int32)
 
 
 class BlockTables:
@@ -49,9 +48,9 @@ class BlockTables:
         self._indexed_tokens = held * limits.block_size
         # A copy is a launch more; computing a few tokens more beside others is next to nothing.
         self._least_copied = max(1, limits.block_size // 4)
-        self._written = np.zeros(
-            limits.num_blocks, np.int64
-        )  # newest step that fills it, but by decoding
+        self._written = np.zeros(limits.num_blocks, np.int64)
+        """newest step that fills a block, but by decoding"""
+        self._indices = np.arange(limits.num_blocks)  # of blocks in a table
 
     def place(self, plan: StepPlan, request: Request, leader: Request | None) -> bool:
         """A slot, and blocks to compute what it knows; False, and nothing is taken: too few.
@@ -75,7 +74,7 @@ class BlockTables:
                 request.num_computed += copy[1]
         chain = Chain(request.tenant, len(hits), is_closed=not self._caches)
         slot = self._slots.occupy(request, blocks, request.num_computed, chain)
-        plan.append_blocks(slot, np.arange(len(blocks)), blocks)
+        plan.append_blocks(slot, self._indices[: len(blocks)], blocks)
         return True
 
     def fits(self, request: Request) -> bool:
@@ -92,19 +91,19 @@ class BlockTables:
         end = blocks_for(request.num_computed, self._size)
         blocks = self._slots.block_table[request.slot, start // self._size : end]
         self._written.put(blocks, step)
-        self.index(request)
+        self._index(request, self._slots.first_tokens(request.slot))
 
-    def index(self, request: Request) -> None:
+    def _index(self, request: Request, tokens: npt.NDArray[np.int32]) -> None:
         """Put its full blocks into the prefix cache whose tokens are both known and computed."""
         slot, table = request.slot, self._slots
-        valid = table.tokens(slot)[: min(int(table.computed[slot]), self._indexed_tokens)]
+        valid = tokens[: min(int(table.computed[slot]), self._indexed_tokens)]
         self._cache.insert(valid, table.blocks(slot), table.chains[slot])
 
     def leave(self, request: Request) -> None:
         """Its last step is applied: what it has computed stays in the prefix cache."""
-        self.index(request)
         slot, table = request.slot, self._slots
         valid, chain = table.tokens(slot)[: table.computed[slot]], table.chains[slot]
+        self._index(request, valid)
         num_full, num_left = divmod(len(valid), self._size)
         is_whole = chain.num_blocks == num_full and not chain.is_closed
         if is_whole and num_left >= self._least_copied:

@@ -24,15 +24,16 @@ on would write it. It can be copied: who comes with the same tokens goes on in a
 from __future__ import annotations
 
 from array import array
-from collections import OrderedDict
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-BlockIds = npt.NDArray[np.int32]
+from millrace.scheduler.idle_blocks import BlockIds, IdleBlocks
+
 Node = int | str  # a cached block, or the salt of a root
 NO_SALT = ""
+NO_BLOCKS: BlockIds = np.empty(0, np.int32)
 EDGE = 64  # blocks; longer edges would be copied too often while they grow
 
 
@@ -65,7 +66,7 @@ class PrefixCache:
         self._tail_key: dict[int, tuple[Node, bytes]] = {}  # by block, of tails
         self._edge = np.full(num_blocks, None, np.object_)  # by block
         self._is_cached = np.zeros(num_blocks, np.bool_)
-        self._idle: OrderedDict[int, None] = OrderedDict()  # blocks nobody references, oldest first
+        self._idle = IdleBlocks(num_blocks)
 
     def __len__(self) -> int:
         """Cached blocks, idle or referenced."""
@@ -91,7 +92,7 @@ class PrefixCache:
                 blocks += edge.blocks[:count]
                 start += count * size
             node = blocks[-1]
-        return np.array(blocks, np.int32)
+        return np.frombuffer(blocks, np.int32) if blocks else NO_BLOCKS
 
     def insert(self, tokens: npt.NDArray[np.int32], table: BlockIds, chain: Chain) -> None:
         """Go on indexing a request's table under its tokens; the caller references all its blocks.
@@ -185,7 +186,7 @@ class PrefixCache:
             if self._tail_key[old][1].startswith(tokens):
                 return None
             self._forget(old)
-            del self._idle[old]
+            self._idle.remove(old)
         self._tails[parent] = block
         self._tail_key[block] = (parent, tokens)
         self._is_cached[block] = True
@@ -194,20 +195,18 @@ class PrefixCache:
     def rest(self, blocks: BlockIds) -> BlockIds:
         """The last reference to these is gone, in this order. Returns those that aren't cached."""
         is_cached = self._is_cached[blocks]
-        self._idle.update(dict.fromkeys(blocks[is_cached].tolist()))
+        self._idle.add(blocks[is_cached])
         return blocks[~is_cached]
 
     def wake(self, blocks: BlockIds) -> None:
         """These idle cached blocks are referenced again."""
-        for block in blocks.tolist():
-            del self._idle[block]
+        self._idle.remove(blocks)
 
     def evict(self, count: int) -> BlockIds:
         """Forget the `count` least recently used of the idle blocks; returns them."""
-        evicted = np.empty(count, np.int32)
-        for index in range(count):
-            evicted[index], _ = self._idle.popitem(last=False)
-            self._forget(int(evicted[index]))
+        evicted = self._idle.pop_oldest(count)
+        for block in evicted.tolist():
+            self._forget(block)
         return evicted
 
     def _forget(self, block: int) -> None:

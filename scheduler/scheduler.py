@@ -28,10 +28,11 @@ from millrace.scheduler.block_pool import BlockPool
 from millrace.scheduler.block_tables import BlockTables
 from millrace.scheduler.cost_model import CostModel
 from millrace.scheduler.decode_set import DecodeSet
+from millrace.scheduler.idle_blocks import BlockIds
 from millrace.scheduler.limits import Counters, Limits
 from millrace.scheduler.plan import Drawn, PrefillChunk, Rows, StepPlan, StepResult
 from millrace.scheduler.policy import FirstComeFirstServed, Policy
-from millrace.scheduler.prefix_cache import BlockIds, PrefixCache
+from millrace.scheduler.prefix_cache import PrefixCache
 from millrace.scheduler.request import NO_SLOT, Finish, Request
 from millrace.scheduler.request_heap import RequestHeap
 from millrace.scheduler.slots import Slots, SlotTable
@@ -63,7 +64,8 @@ class Scheduler:
         self._prefilling: dict[int, Request] = {}  # by slot, in order of admission
         self._deadlines = RequestHeap()
         self._num_arrived = 0
-        self._slots = SlotTable(limits.max_running, limits.longest, limits.block_size)
+        self._longest = limits.longest
+        self._slots = SlotTable(limits.max_running, self._longest, limits.block_size)
         self._tables = BlockTables(limits, self._slots, self.pool, self.cache, cost)
         self._decodes = DecodeSet(self._slots)
         self._step = 0  # newest planned step
@@ -89,10 +91,7 @@ class Scheduler:
     def submit(self, request: Request) -> Decision:
         """Take a new request into the queue, or say why not. Ids must be unique among the live."""
         decision = self.admission.decide(
-            request,
-            self.limits.longest,
-            self.num_waiting,
-            self.waiting_tokens,
+            request, self._longest, self.num_waiting, self.waiting_tokens
         )
         if not isinstance(decision, Accepted):
             return decision

@@ -15,7 +15,8 @@ from itertools import groupby
 import numpy as np
 import numpy.typing as npt
 
-from millrace.scheduler.prefix_cache import BlockIds, Chain
+from millrace.scheduler.idle_blocks import BlockIds
+from millrace.scheduler.prefix_cache import Chain
 from millrace.scheduler.request import NEVER, NO_SLOT, Request
 
 Slots = npt.NDArray[np.intp]
@@ -173,8 +174,13 @@ class SlotTable:
         """The index in its table at which a slot's next block goes."""
         return int(self.capacity[slot]) // self.block_size
 
+    def first_tokens(self, slot: int) -> npt.NDArray[np.int32]:
+        """What a slot's request knew when it came, or more, as a view; while it computes that, it
+        draws nothing, and this is all."""
+        return self._tokens[self._first_token[slot] : self._next_token[slot]]
+
     def tokens(self, slot: int) -> npt.NDArray[np.int32]:
         """Prompt and output so far of a slot's request, as a view."""
         if self._log:
             self._write_log()
-        return self._tokens[self._first_token[slot] : self._next_token[slot]]
+        return self.first_tokens(slot)

@@ -18,8 +18,8 @@ from collections.abc import Iterable
 import numpy as np
 
 from millrace.scheduler.cost_model import CostModel
+from millrace.scheduler.idle_blocks import BlockIds
 from millrace.scheduler.plan import StepPlan
-from millrace.scheduler.prefix_cache import BlockIds
 from millrace.scheduler.request import Request, Swapped
 
 

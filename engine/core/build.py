@@ -12,7 +12,7 @@ from millrace.engine.core.messages import Ready
 from millrace.engine.errors import InvalidRequest
 from millrace.engine.models.decoder import Decoder, Progress
 from millrace.engine.models.registry import model_config
-from millrace.engine.runner.assemble import Assembly, Placement, decode_calls
+from millrace.engine.runner.assemble import Assembly, Placement, decode_calls, is_measured
 from millrace.engine.runner.memory import room_for
 from millrace.engine.runner.sizes import Sizes, sizes_for
 from millrace.engine.weights.checkpoint import Checkpoint, open_checkpoint
@@ -56,7 +56,8 @@ def core_of(
     except NotRowInvariant as error:
         raise InvalidRequest(f"deterministic: {error}", "deterministic", DETERMINISTIC) from error
     sizes = sizes_for(config, placement.device)
-    calls = decode_calls(placement, sizes.max_running, max_context, progress)
+    passes = 2 if is_measured(config, placement.device) else 1
+    calls = decode_calls(placement, sizes.max_running, max_context, passes, progress)
     built = Assembly(config, placement, decoder, max_context, sizes, calls).build()
     sizes = replace(sizes, max_step_tokens=built.max_step_tokens)
     moves = built.runner.moves

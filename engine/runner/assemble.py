@@ -20,6 +20,7 @@ from millrace.engine.runner.block_moves import BlockMoves
 from millrace.engine.runner.copies import Copies, copies_for
 from millrace.engine.runner.device_step import DeviceStep
 from millrace.engine.runner.graphs import (
+    CaptureBar,
     CudaRecorder,
     DecodeCalls,
     DirectCalls,
@@ -82,7 +83,7 @@ class Assembly:
         """The runner; NotEnoughMemory says what does not fit, and what to lower."""
         device, dtype = self.placement.device, self.placement.dtype
         measured, step_tokens = None, self.sizes.max_step_tokens
-        if device.type == "cuda" and self.config.kv_cache_memory is None:
+        if is_measured(self.config, device):
             with room_for("the largest step", self.config, device):
                 step_tokens, measured = self.measure(CudaProbe(device))
             torch.cuda.empty_cache()  # of what the trial leaves behind
@@ -93,10 +94,10 @@ class Assembly:
             calls = self.make_calls(step)
         if device.type == "cuda" and measured is None:
             with room_for("the largest step", self.config, device):  # and compiles its kernels
-                run_worst_case(step, self.copies(), step_tokens)
+                run_worst_case(step, self.copies(step), step_tokens)
         with room_for("the memory for swapping", self.config, device):
             moves = BlockMoves(step.kv.storage, self.host_blocks())
-        return Assembled(Runner(step, calls, self.copies(), moves), num_blocks, step_tokens)
+        return Assembled(Runner(step, calls, self.copies(step), moves), num_blocks, step_tokens)
 
     def host_blocks(self) -> int:
         """Blocks of host memory to swap to; with a window, too little is held to be worth it."""
@@ -114,7 +115,7 @@ class Assembly:
         model, dtype = self.decoder.config, self.placement.dtype
         step = self.step(num_blocks)
         calls = self.make_calls(step)
-        copies, fraction = self.copies(), self.config.gpu_memory_fraction
+        copies, fraction = self.copies(step), self.config.gpu_memory_fraction
 
         def budget_of(tokens: int) -> int:
             return measured_budget(probe, fraction, lambda: run_worst_case(step, copies, tokens))
@@ -138,24 +139,38 @@ class Assembly:
         )
         return DeviceStep(self.decoder, placement.operations, kv, table)
 
-    def copies(self) -> Copies:
+    def copies(self, step: DeviceStep) -> Copies:
         """As deep as steps can be in flight: those ahead, and the one that is being launched."""
-        return copies_for(self.placement.device, self.sizes.run_ahead + 1)
+        in_flight = self.sizes.run_ahead + 1
+        return copies_for(self.placement.device, in_flight, step.table.results.nbytes)
+
+
+def is_measured(config: EngineConfig, device: torch.device) -> bool:
+    """Whether a trial runner shows how large the cache may be."""
+    return device.type == "cuda" and config.kv_cache_memory is None
 
 
 def decode_calls(
-    placement: Placement, max_running: int, max_context: int, progress: Progress | None = None
+    placement: Placement,
+    max_running: int,
+    max_context: int,
+    passes: int = 1,
+    progress: Progress | None = None,
 ) -> MakeCalls:
-    """How decode steps are called: as graphs of our kernels on CUDA, directly elsewhere."""
+    """How decode steps are called: as graphs of our kernels on CUDA, directly elsewhere.
+
+    `passes` says how often a start will make them: once, or for a trial runner before.
+    """
     is_captured = placement.device.type == "cuda" and placement.operations.name in CAPTURED
+    bar = None if progress is None else CaptureBar(progress, passes)
 
     def make(step: DeviceStep) -> DecodeCalls:
         if not is_captured:
             return DirectCalls(step.decode)
         sizes, lengths = ladder(max_running), contexts(max_context)
-        ladders = (sizes, lengths, CudaRecorder(placement.device), step.addresses, progress)
-        graphs = Graphs(step.decode, *ladders, step.model.draw_rows)
-        log.info("decode graphs take %.0f MiB", graphs.num_bytes / MIB)
+        recorder = CudaRecorder(placement.device)
+        graphs = Graphs(step.decode, sizes, lengths, recorder, step.addresses, bar)
+        log.info("%d decode graphs take %.0f MiB", len(graphs), graphs.num_bytes / MIB)
         return graphs
 
     return make

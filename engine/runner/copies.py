@@ -99,8 +99,9 @@ class OnItsWay:
 class PinnedCopies:
     """Copies through two rings of pinned buffers, one for each direction.
 
-    `depth` buffers each: one more than steps can be in flight. `pin` makes a buffer of so many
-    bytes and `make_event` an event; tests give their own.
+    `depth` buffers each: one more than steps can be in flight. Those for fetches hold `fetch_bytes`
+    from the start. `pin` makes a buffer of so many bytes and `make_event` an event; tests give
+    their own.
     """
 
     def __init__(
@@ -109,13 +110,14 @@ class PinnedCopies:
         depth: int,
         pin: Callable[[int], torch.Tensor],
         make_event: Callable[[], Event],
+        fetch_bytes: int = MIN_BUFFER_BYTES,
     ) -> None:
         self._device = device
         self._pin = pin
         self._make_event = make_event
         self._rings = {
-            way: [Staging(pin(MIN_BUFFER_BYTES), make_event()) for _ in range(depth)]
-            for way in ("send", "fetch")
+            way: [Staging(pin(num_bytes), make_event()) for _ in range(depth)]
+            for way, num_bytes in (("send", MIN_BUFFER_BYTES), ("fetch", fetch_bytes))
         }
         self._turns = dict.fromkeys(self._rings, 0)
 
@@ -150,12 +152,12 @@ class PinnedCopies:
         return staging
 
 
-def copies_for(device: torch.device, steps_in_flight: int) -> Copies:
-    """The copies of a device on which so many steps can be in flight."""
+def copies_for(device: torch.device, steps_in_flight: int, fetch_bytes: int) -> Copies:
+    """The copies of a device on which so many steps can be in flight, that fetch so much each."""
     if device.type != "cuda":
         return SharedMemory()
 
     def pin(num_bytes: int) -> torch.Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
 
-    return PinnedCopies(device, steps_in_flight + 1, pin, torch.cuda.Event)
+    return PinnedCopies(device, steps_in_flight + 1, pin, torch.cuda.Event, fetch_bytes)

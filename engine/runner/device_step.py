@@ -19,8 +19,8 @@ import torch
 
 from millrace.engine.models.decoder import Decoder
 from millrace.engine.models.forward_batch import ForwardBatch, KVCache
-from millrace.engine.runner.graphs import StepShape
-from millrace.engine.runner.logprobs import ScoredTokens
+from millrace.engine.runner.graphs import Draws, StepShape
+from millrace.engine.runner.logprobs import write_scores
 from millrace.engine.runner.request_table import RequestTable, Views
 from millrace.kernels.attention import AttentionBatch
 from millrace.kernels.dispatch import Operations
@@ -45,11 +45,8 @@ class DeviceStep:
         )
 
     @torch.inference_mode()
-    def decode(self, shape: StepShape, num_top: int | None = None) -> ScoredTokens | None:
-        """One token for each of the first `shape.rows` rows of decode_slots.
-
-        With `num_top`, the tokens and their logprobs with so many alternatives, as each slot asks.
-        """
+    def decode(self, shape: StepShape) -> None:
+        """One token for each of the first `shape.rows` rows of decode_slots."""
         table = self.table
         slots = table.decode_slots[: shape.rows]
         positions = table.computed[slots]
@@ -64,9 +61,8 @@ class DeviceStep:
         )
         hidden = self._forward(slots, positions, attention)
         going = ~table.ended[slots]  # as of before this draw
-        scored = self._draw(hidden, slots, positions + 1, num_top, shape.plain)
+        self._draw(hidden, slots, positions + 1, shape.draws)
         table.computed[slots] = positions + going
-        return scored
 
     @torch.inference_mode()
     def mixed(
@@ -75,13 +71,11 @@ class DeviceStep:
         num_decodes: int,
         max_query: int,
         max_context: int,
-        num_top: int | None = None,
-        plain: bool = False,
-    ) -> tuple[torch.Tensor, ScoredTokens | None]:
+        draws: Draws,
+    ) -> torch.Tensor:
         """The rows of `ChangePacker.chunk_rows`: `num_decodes` decoding ones, then the chunks.
 
-        `plain` is of the rows that draw, as in StepShape. Returns the hidden states [T, E], and
-        what `decode` returns of the rows that drew.
+        `draws` is of the rows that draw. Returns the hidden states [T, E].
         """
         table, slots = self.table, rows["slots"]
         decodes, chunks = slots[:num_decodes], slots[num_decodes:]
@@ -99,13 +93,11 @@ class DeviceStep:
         hidden = self._forward(rows["token_slots"], positions, attention)
         last = rows["last_tokens"]
         going = ~table.ended[decodes]
-        scored = None
         if len(last):  # else no prompt ends here
-            to_draw = (hidden[last], rows["drawing_slots"], positions[last] + 1)
-            scored = self._draw(*to_draw, num_top, plain)
+            self._draw(hidden[last], rows["drawing_slots"], positions[last] + 1, draws)
         table.computed[decodes] = decoded + going
         table.computed[chunks] = rows["ends"]
-        return hidden, scored
+        return hidden
 
     def addresses(self) -> list[int]:
         """Where every tensor lies that a decode step uses, but for weights and what it makes."""
@@ -132,19 +124,18 @@ class DeviceStep:
         hidden: torch.Tensor,
         slots: torch.Tensor,
         positions: torch.Tensor,
-        num_top: int | None,
-        plain: bool,
-    ) -> ScoredTokens | None:
+        draws: Draws,
+    ) -> None:
         """Draw the tokens at `positions` [N] of `slots` [N] from hidden [N, E] into the table."""
-        table, scored = self.table, None
-        if plain and num_top is None and len(slots) <= self.model.draw_rows:
+        table, is_plain, is_scored = self.table, draws is Draws.PLAIN, draws is Draws.SCORED
+        if is_plain and len(slots) <= self.model.draw_rows:
             sampled = self.model.draw(hidden, slots, positions, table.sampling)
         else:
             inputs = (self.model.logits(hidden), slots, positions, table.sampling)
-            sampled = self.operations.sample(*inputs, scored=num_top is not None)
-            if num_top is not None:  # before the tokens count for the penalties
-                logprobs = self.operations.drawn_logprobs(*inputs, sampled, num_top)
-                scored = ScoredTokens(sampled.token_ids, logprobs)
+            sampled = self.operations.sample(*inputs, scored=is_scored, plain=is_plain)
+            if is_scored:  # before the tokens count for the penalties
+                scores = self.operations.drawn_logprobs(*inputs, sampled, table.num_top)
+                write_scores(scores, table.scores[:, : len(slots)])
         table.tokens[slots, positions] = sampled.token_ids
         table.sampling.record(slots, sampled.token_ids)
         stopped = (table.sampling.stop_ids[slots] == sampled.token_ids[:, None]).any(dim=1)
@@ -153,4 +144,3 @@ class DeviceStep:
         drawn[0] = sampled.token_ids
         drawn[1] = stopped
         drawn[2] = sampled.ok
-        return scored

@@ -8,7 +8,11 @@ nothing and a row costs much, so `DirectCalls` has every shape and calls the ste
 
     rows up to 40                  1 2 4 8 16 24 32 40
     contexts up to 100,000         2048 8192 32768 100000
-    plain                          up to `plain_rows` rows: the last layer draws by itself
+    draws                          plain, filtered, scored: the most that any row asks for
+
+A third kind at every context would make half as many graphs again, each a capture at the start and
+memory of its own, for steps that are rare. So steps with logprobs are recorded at the longest
+context alone: 243 graphs, not 324, for 256 rows and a context of 131,072.
 
 All graphs share one memory pool, so they take what the largest needs: it is captured first. Each
 runs once before it is captured, which compiles kernels and makes whatever they keep. What a graph
@@ -20,6 +24,8 @@ from __future__ import annotations
 import gc
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
 from functools import partial
 from itertools import product
 from typing import Any, NamedTuple, Protocol
@@ -34,12 +40,20 @@ ROW_STEPS = ((128, 8), (256, 16), (2**31, 32))
 FIRST_CONTEXT, CONTEXT_FACTOR = 2048, 4
 
 
+class Draws(Enum):
+    """The most that any row of a step asks of its draw."""
+
+    PLAIN = "plain"  # a temperature: no filter, no edit of the logits
+    FILTERED = "filtered"  # anything but logprobs
+    SCORED = "scored"  # logprobs, and anything else
+
+
 class StepShape(NamedTuple):
     """What a decode step is launched for."""
 
     rows: int
     context: int  # tokens of the longest row, at most
-    plain: bool = False  # no row asks for more than a temperature, or for logprobs
+    draws: Draws
 
 
 def ladder(max_running: int) -> tuple[int, ...]:
@@ -63,11 +77,40 @@ def contexts(max_context: int) -> tuple[int, ...]:
     return (*lengths, max_context)
 
 
+def contexts_of(draws: Draws, lengths: Sequence[int]) -> Sequence[int]:
+    """Those of the ascending `lengths` at which steps with such draws are captured."""
+    return lengths[-1:] if draws is Draws.SCORED else lengths
+
+
+def shapes_to_capture(sizes: Sequence[int], lengths: Sequence[int]) -> list[StepShape]:
+    """For numbers of rows and contexts, both ascending: the one that needs most memory first."""
+    return [
+        StepShape(rows, context, draws)
+        for rows, context in product(reversed(sizes), reversed(lengths))
+        for draws in reversed(Draws)
+        if context in contexts_of(draws, lengths)
+    ]
+
+
+@dataclass(slots=True)
+class CaptureBar:
+    """One progress bar over all captures of a start, however often the ladder is captured."""
+
+    progress: Progress
+    passes: int
+    done: int = 0
+
+    def advance(self, shapes: int) -> None:
+        """One more capture, of so many in a pass."""
+        self.done += 1
+        self.progress("decode graphs", self.done, shapes * self.passes)
+
+
 class DecodeCalls(Protocol):
     """Decode steps by shape."""
 
     def fit(self, needed: StepShape) -> StepShape:
-        """The smallest shape that there is with so many rows and so much context."""
+        """The smallest shape that there is for such draws of so many rows and so much context."""
 
     def replay(self, shape: StepShape) -> None:
         """Run the step in a shape that `fit` gave."""
@@ -148,33 +191,34 @@ class Graphs:
         lengths: Sequence[int],
         recorder: Recorder,
         addresses: Callable[[], list[int]],
-        progress: Progress | None = None,
-        plain_rows: int = 0,
+        bar: CaptureBar | None = None,
     ) -> None:
-        """Record every pair of `sizes` and context `lengths` (both ascending), largest first.
+        """Record `shapes_to_capture` of `sizes` and context `lengths`, both ascending.
 
-        `addresses`: of every tensor that the step uses. Shapes of up to `plain_rows` rows are
-        recorded twice, the second time as plain ones.
+        `addresses`: of every tensor that the step uses.
         """
-        self._sizes, self._lengths, self._plain_rows = sizes, lengths, plain_rows
+        self._sizes, self._lengths = sizes, lengths
         self._addresses = addresses
         self._graphs: dict[StepShape, Recorded] = {}
-        shapes = [StepShape(*pair) for pair in product(reversed(sizes), reversed(lengths))]
-        shapes += [shape._replace(plain=True) for shape in shapes if shape.rows <= plain_rows]
+        shapes = shapes_to_capture(sizes, lengths)
         recorder.warm_up(partial(step, shapes[0]))
         self._recorded_at = addresses()
         free = recorder.free_bytes()
-        for done, shape in enumerate(shapes, start=1):
+        for shape in shapes:
             recorder.warm_up(partial(step, shape))
             self._graphs[shape] = recorder.record(partial(step, shape))
-            if progress is not None:
-                progress("decode graphs", done, len(shapes))
+            if bar is not None:
+                bar.advance(len(shapes))
         self.num_bytes = free - recorder.free_bytes()
 
+    def __len__(self) -> int:
+        return len(self._graphs)
+
     def fit(self, needed: StepShape) -> StepShape:
-        rows = _at_least(needed.rows, self._sizes)
-        plain = needed.plain and rows <= self._plain_rows
-        return StepShape(rows, _at_least(needed.context, self._lengths), plain)
+        lengths = contexts_of(needed.draws, self._lengths)
+        return StepShape(
+            _at_least(needed.rows, self._sizes), _at_least(needed.context, lengths), needed.draws
+        )
 
     def replay(self, shape: StepShape) -> None:
         assert self._addresses() == self._recorded_at, "a tensor moved under a captured graph"

@@ -15,9 +15,12 @@ from __future__ import annotations
 
 import torch
 
+from millrace.engine.runner.logprobs import score_rows
+from millrace.engine.sampling_params import MAX_LOGPROBS
 from millrace.kernels.slot_sampling import FLAG_OF, SlotSampling
 
 Views = dict[str, torch.Tensor]
+DRAWN_ROWS = 3
 
 
 class RequestTable:
@@ -46,7 +49,11 @@ class RequestTable:
         self.ended[slots] = True
         # Of a step: the decoding slots, padded with the scratch slot, and what was drawn.
         self.decode_slots = zeros(torch.int64, slots).fill_(slots)  # [max_rows]
-        self.drawn = zeros(torch.int64, 3, slots)  # token id, stopped, ok
+        # Of each row of a step: token id, stopped, ok; and below them, where somebody asks, the
+        # token's scores as `logprobs.py` lays them out. One tensor, so that a fetch is one copy.
+        self.num_top = min(MAX_LOGPROBS, vocab_size)
+        self.results = zeros(torch.int64, DRAWN_ROWS + score_rows(self.num_top), slots)
+        self.drawn, self.scores = self.results[:DRAWN_ROWS], self.results[DRAWN_ROWS:]
 
     def apply(self, changes: Views) -> None:
         """Take in admissions, new blocks and who decodes, each where there are any."""
@@ -73,4 +80,4 @@ class RequestTable:
         """Where each tensor lies: must be the same for as long as a graph is captured."""
         own = (self.tokens, self.computed, self.ended, self.block_table, self.decode_slots)
         parameters = (value for value in vars(self.sampling).values())
-        return [tensor.data_ptr() for tensor in (*own, self.drawn, *parameters)]
+        return [tensor.data_ptr() for tensor in (*own, self.results, *parameters)]

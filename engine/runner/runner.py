@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from millrace.engine.core.messages import NewRequest, TokenLogprobs
@@ -21,10 +22,10 @@ from millrace.engine.runner.block_moves import BlockMoves
 from millrace.engine.runner.changes import ChangePacker, Slots, is_plain
 from millrace.engine.runner.copies import Arrival, Copies
 from millrace.engine.runner.device_step import DeviceStep
-from millrace.engine.runner.graphs import DecodeCalls, StepShape
-from millrace.engine.runner.logprobs import ScoredTokens, score_prompt
+from millrace.engine.runner.graphs import DecodeCalls, Draws, StepShape
+from millrace.engine.runner.logprobs import ScoredTokens, read_scores, score_prompt
 from millrace.engine.runner.packed import PackedArrays
-from millrace.engine.runner.request_table import Views
+from millrace.engine.runner.request_table import DRAWN_ROWS, Views
 from millrace.scheduler.plan import PrefillChunk, StepPlan, StepResult
 from millrace.scheduler.request import Request
 
@@ -35,25 +36,26 @@ class LaunchedStep:
 
     step: int
     slots: Slots  # [N], of the rows that drew a token
-    drawn: Arrival  # i64 [3, max_rows]: token id, stopped, ok; the first N columns
-    scored: ScoredTokens | None = None
-    """the N tokens with their logprobs, if anybody asked for some"""
+    drawn: Arrival  # the table's `results`, or `drawn` where nobody asked for logprobs
     asked: dict[int, int] = field(default_factory=dict)
-    """row of `scored` -> alternatives wanted"""
+    """row that wants logprobs -> alternatives wanted"""
     prompts: dict[int, tuple[int, list[ScoredTokens]]] = field(default_factory=dict)
     """slot -> (first position scored, that position on)"""
+    _arrived: npt.NDArray[np.int64] | None = field(default=None, init=False)
 
     def result(self) -> StepResult:
-        """Wait for the tokens."""
-        token_ids, stopped, ok = self.drawn.wait()[:, : len(self.slots)]
+        """Wait for the tokens; to be called once, and before `logprobs`."""
+        self._arrived = self.drawn.wait()[:, : len(self.slots)]
+        token_ids, stopped, ok = self._arrived[:DRAWN_ROWS]
         return StepResult(self.step, self.slots, token_ids, stopped != 0, ok != 0)
 
     def logprobs(self) -> dict[int, TokenLogprobs]:
         """Of the drawn tokens, by slot, where asked for."""
-        if self.scored is None:
+        if not self.asked:
             return {}
-        slots = self.slots[list(self.asked)].tolist()
-        return dict(zip(slots, self.scored.read_rows(self.asked), strict=True))
+        assert self._arrived is not None, "result() comes first"
+        entries = read_scores(self._arrived[0], self._arrived[DRAWN_ROWS:], self.asked)
+        return dict(zip(self.slots[list(self.asked)].tolist(), entries, strict=True))
 
     def prompt_logprobs(self) -> dict[int, tuple[int, list[TokenLogprobs]]]:
         """By slot, where asked for: the first position scored, and the scores from there on."""
@@ -93,15 +95,14 @@ class Runner:
         self.moves.run(plan, rows)
         self._length[self._decode_slots] += 1
         if not plan.prefill:
-            asked = self._asked(self._decode_slots)
-            return self._launched(plan, self._decode_slots, self._decode(asked), asked)
+            self._decode()
+            return self._launched(plan, self._decode_slots)
         for chunk in plan.prefill:
             self._length[chunk.slot] = chunk.start + chunk.length
         drawing = [chunk.slot for chunk in plan.prefill if chunk.samples]
         slots = np.concatenate([self._decode_slots, np.array(drawing, np.int64)])
-        asked = self._asked(slots)
-        hidden, scored = self._mixed(rows, plan.prefill, asked)
-        launched = self._launched(plan, slots, scored, asked)
+        hidden = self._mixed(rows, plan.prefill, self._draws(slots))
+        launched = self._launched(plan, slots)
         end = len(self._decode_slots)
         for chunk in plan.prefill:
             start, end = end, end + chunk.length
@@ -164,35 +165,37 @@ class Runner:
 
     # ------------------------------------------------------------ launching
 
-    def _decode(self, asked: dict[int, int]) -> ScoredTokens | None:
+    def _decode(self) -> None:
         """One token for each decoding slot."""
         slots = self._decode_slots
-        plain = not asked and bool(self._plain[slots].all())
-        shape = self._calls.fit(StepShape(len(slots), int(self._length[slots].max()), plain))
-        if asked:  # graphs are recorded without logprobs
-            return self._step.decode(shape, max(asked.values()))
-        self._calls.replay(shape)
-        return None
+        shape = StepShape(len(slots), int(self._length[slots].max()), self._draws(slots))
+        self._calls.replay(self._calls.fit(shape))
 
-    def _mixed(
-        self, rows: Views, prefill: list[PrefillChunk], asked: dict[int, int]
-    ) -> tuple[torch.Tensor, ScoredTokens | None]:
+    def _mixed(self, rows: Views, prefill: list[PrefillChunk], draws: Draws) -> torch.Tensor:
+        """Decodes and chunks of prompts; returns the hidden states [T, E]."""
         slots = [*self._decode_slots.tolist(), *(chunk.slot for chunk in prefill)]
         return self._step.mixed(
             rows,
             num_decodes=len(self._decode_slots),
             max_query=max(chunk.length for chunk in prefill),
             max_context=int(self._length[slots].max()),
-            num_top=max(asked.values(), default=None),
-            plain=bool(self._plain[slots].all()),
+            draws=draws,
         )
 
-    def _launched(
-        self, plan: StepPlan, slots: Slots, scored: ScoredTokens | None, asked: dict[int, int]
-    ) -> LaunchedStep:
-        """Send the drawn tokens on their way."""
-        drawn = self._table.drawn  # fetched whole: a part would be gathered on the device first
-        return LaunchedStep(plan.step, slots, self._copies.fetch(drawn), scored, asked)
+    def _draws(self, slots: Slots) -> Draws:
+        """The most that any of the slots that will draw asks for."""
+        if not self._num_top.keys().isdisjoint(slots.tolist()):
+            return Draws.SCORED
+        return Draws.PLAIN if self._plain[slots].all() else Draws.FILTERED
+
+    def _launched(self, plan: StepPlan, slots: Slots) -> LaunchedStep:
+        """Send what was drawn on its way, before another step writes to the same place.
+
+        Fetched for all rows that a step can have: a part would be gathered on the device first.
+        """
+        asked = self._asked(slots)
+        drawn = self._table.results if asked else self._table.drawn
+        return LaunchedStep(plan.step, slots, self._copies.fetch(drawn), asked)
 
     # ------------------------------------------------------------ scores
 

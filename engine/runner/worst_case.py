@@ -14,6 +14,7 @@ import torch
 from millrace.engine.runner.changes import ChangePacker
 from millrace.engine.runner.copies import Copies
 from millrace.engine.runner.device_step import DeviceStep
+from millrace.engine.runner.graphs import Draws
 from millrace.engine.runner.packed import PackedArrays
 from millrace.engine.runner.request_table import RequestTable
 from millrace.kernels.slot_sampling import (
@@ -24,7 +25,6 @@ from millrace.kernels.slot_sampling import (
 )
 from millrace.scheduler.plan import PrefillChunk
 
-LOGPROBS = 5
 TEMPERATURE, TOP_K, TOP_P, MIN_P, PENALTY = 1.0, 50, 0.9, 0.01, 1.1
 
 
@@ -44,8 +44,8 @@ def run_worst_case(step: DeviceStep, copies: Copies, max_step_tokens: int) -> No
     longest = max((chunk.length for chunk in chunks), default=1)
     _set(table, max_context - 1, TEMPERATURE, TOP_K, TOP_P, MIN_P, PENALTY)
     table.sampling.logprobs[: table.scratch_slot] = RAW_LOGPROBS
-    step.mixed(rows, len(decodes), longest, max_context, LOGPROBS)
-    copies.fetch(table.drawn).wait()
+    step.mixed(rows, len(decodes), longest, max_context, Draws.SCORED)
+    copies.fetch(table.results).wait()
     _set(table, 0, 0.0, 0, 1.0, 0.0, 1.0)
     table.sampling.logprobs[: table.scratch_slot] = NO_LOGPROBS
     table.ended[: table.scratch_slot] = False

@@ -14,7 +14,6 @@ from typing import Any, Protocol
 import torch
 
 from millrace.engine.errors import UnsupportedModel, WeightsError
-from millrace.engine.weights.gguf import GGUFCheckpoint
 from millrace.engine.weights.safetensors import PICKLE_SUFFIXES, SafetensorsCheckpoint
 
 Progress = Callable[[str, int, int], None]
@@ -57,6 +56,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise WeightsError(f"{path}: no such file or folder")
     if path.suffix != ".gguf":
         raise WeightsError(f"{path}: neither a folder with safetensors nor a .gguf file")
+    # Here, for its package loads much that no other format needs: a second of every start.
+    from millrace.engine.weights.gguf import GGUFCheckpoint
+
     return GGUFCheckpoint(path)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from importlib.util import find_spec
 from typing import Any
 
 from millrace.engine.core.loop import EngineCore
@@ -39,9 +40,9 @@ def run_1b(session: Session) -> None:
 
 
 def measure_model(session: Session, name: str) -> None:
-    """One shape at each number of streams, its trace, and the peer on the same shape."""
+    """One shape at each number of streams, its trace, the peer, and the other attention."""
     scale = scale_of(session.dry_run)
-    core = None
+    core, steps_us = None, {}
     with recorded(session, "start", name) as row:  # no file is read: the weights are drawn
         began = time.perf_counter()
         core = random_core(scale, scale.shapes[name])
@@ -52,6 +53,7 @@ def measure_model(session: Session, name: str) -> None:
         if not session.out_of_time():
             with recorded(session, "decode step", f"{name}, {streams} at once") as row:
                 measure_streams(row, session, core, name, streams)
+                steps_us[streams] = row.facts["step_us"]
     if not session.out_of_time():
         with recorded(session, "idle between steps", f"{name}, {scale.crowd} at once") as row:
             measure_idle(row, session, core, name)
@@ -60,6 +62,12 @@ def measure_model(session: Session, name: str) -> None:
     for streams in scale.peer_streams:
         if not session.out_of_time():
             measure_peer(session, scale, name, streams)
+    streams = max(number for number in scale.streams if number <= scale.crowd)
+    if not session.out_of_time():
+        with recorded(session, "decode step, xformers", f"{name}, {streams} at once") as row:
+            require_xformers(session)
+            measure_backend(row, session, name, streams, "xformers")
+            row.facts["with_ours_us"] = steps_us.get(streams)
 
 
 def measure_streams(
@@ -87,6 +95,32 @@ def measure_streams(
         "prompt_tokens": scale.prompt_tokens,
         "output_tokens": scale.output_tokens,
     }
+
+
+def require_xformers(session: Session) -> None:
+    """Skip where it cannot run."""
+    if find_spec("xformers") is None:
+        raise Skip("xformers is not installed on this machine")
+    if session.device.type != "cuda":
+        raise Skip("xformers' attention runs on CUDA only")
+
+
+def measure_backend(
+    row: Measurement, session: Session, name: str, streams: int, backend: str
+) -> None:
+    """The decode step of an engine of its own with `--attention-backend`.
+
+    As a user gets it: attention that reads lengths on the host cannot be captured in graphs.
+    """
+    scale = scale_of(session.dry_run)
+    settings = {"attention_backend": backend, "max_running": streams}
+    core = random_core(scale, scale.shapes[name], **settings)
+    vocab = scale.shapes[name]["vocab_size"]
+    drive(core, scale, vocab, streams, WARM_UP_TOKENS)
+    done = drive(core, scale, vocab, streams, scale.peer_output_tokens)
+    step_s = statistics.median(seconds for seconds, _ in done.steady(streams))
+    row.metric, row.value = "us", step_s * 1e6
+    row.facts = {"output_tokens": scale.peer_output_tokens}
 
 
 def least_step_s(

@@ -21,7 +21,7 @@ from functools import partial
 import torch
 
 from millrace.kernels.dispatch import Operations, operations
-from millrace.kernels.slot_sampling import RAW_LOGPROBS, SlotValues
+from millrace.kernels.slot_sampling import NO_FILTERS, RAW_LOGPROBS, SlotValues
 from millrace.kernels.token_mask import words_of
 from millrace.perf.kernels.case import OURS, Call, Case, Outputs, Prepare, close_to
 from millrace.perf.kernels.logits import Mode, SamplingInputs, sampling_inputs, slot_table
@@ -83,7 +83,8 @@ def _bind(table: Operations) -> Prepare:
     def prepare(x: SamplingInputs) -> Call:
         def call() -> Outputs:
             inputs = (x.logits, x.slots, x.positions, x.params)
-            sampled = table.sample(*inputs, scored=x.mode.logprobs)
+            plain = x.mode.values.filter_kind == NO_FILTERS  # as the runner says it of a step
+            sampled = table.sample(*inputs, scored=x.mode.logprobs, plain=plain)
             if not x.mode.logprobs:
                 return sampled.token_ids, sampled.ok
             raw = table.drawn_logprobs(*inputs, sampled, NUM_TOP)

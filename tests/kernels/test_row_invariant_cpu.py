@@ -1,5 +1,7 @@
 """A row's bits, alone and in any batch; threads that make the plain forms differ."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
@@ -7,12 +9,12 @@ from millrace.kernels import row_invariant_cpu
 from millrace.kernels.activation import silu_mul_reference
 from millrace.kernels.attention import AttentionBatch, paged_attention_reference, prepare_attention
 from millrace.kernels.attention_cpu import paged_attention_cpu
-from millrace.kernels.matmul import pack_linear
+from millrace.kernels.matmul import PackedLinear, pack_linear
 from millrace.kernels.norm import rms_norm_reference
 from millrace.kernels.row_invariant_cpu import (
     NotRowInvariant,
+    RowInvariantPacking,
     agreeing_sizes,
-    pack_row_invariant,
     prepare_queries,
     rms_norm,
     silu_mul,
@@ -33,7 +35,7 @@ def threads(request):
 @pytest.mark.parametrize(("n", "k", "bias"), [(199, 48, False), (96, 576, True), (576, 100, True)])
 def test_a_product_gives_a_row_the_same_bits_among_any_number(threads, n, k, bias):
     weight = torch.randn(n, k)
-    linear = pack_row_invariant(weight, torch.randn(n) if bias else None)
+    linear = RowInvariantPacking()(weight, torch.randn(n) if bias else None)
     x = torch.randn(150, k)
     alone = torch.cat([linear(x[i : i + 1]) for i in range(150)])
     torch.testing.assert_close(alone, pack_linear(weight, linear.bias)(x), rtol=1e-4, atol=1e-4)
@@ -100,19 +102,23 @@ def test_draws_are_those_of_the_definition():
     assert none.token_ids.shape == (0,)
 
 
-def packed_with(odd_sizes, uneven):
-    """A pack_linear whose products of some sizes differ: in all rows, or in the last one."""
+@dataclass(frozen=True)
+class OddLinear(PackedLinear):
+    """Its products of some sizes differ: in all rows, or in the last one."""
 
-    def pack(weight, bias=None):
-        def linear(x):
-            y = x.round() @ weight.round().t()  # exact in any order
-            if len(x) in odd_sizes:
-                y[-1 if uneven else slice(None)] += 2.0**-10
-            return y
+    odd_sizes: set
+    uneven: bool
 
-        return linear
+    def __call__(self, x):
+        y = x.round() @ self.weight.t()  # exact in any order
+        if len(x) in self.odd_sizes:
+            y[-1 if self.uneven else slice(None)] += 2.0**-10
+        return y
 
-    return pack
+
+def odd_linear(odd_sizes, uneven):
+    weight = torch.arange(64.0).view(8, 8)
+    return OddLinear(weight, None, 8, 8, weight.dtype, False, odd_sizes, uneven)
 
 
 @pytest.mark.parametrize(
@@ -125,18 +131,51 @@ def packed_with(odd_sizes, uneven):
     ],
     ids=str,
 )
-def test_sizes_that_disagree_are_not_used(monkeypatch, odd_sizes, uneven, sizes):
-    monkeypatch.setattr(row_invariant_cpu, "pack_linear", packed_with(odd_sizes, uneven))
-    assert agreeing_sizes.__wrapped__(8, 8, False, 1) == sizes
+def test_sizes_that_disagree_are_not_used(odd_sizes, uneven, sizes):
+    assert agreeing_sizes(odd_linear(odd_sizes, uneven)) == sizes
 
 
 def test_a_library_without_such_a_product_is_refused(monkeypatch):
     monkeypatch.setattr(row_invariant_cpu, "ROW_SIZES", (4, 16))
-    monkeypatch.setattr(row_invariant_cpu, "pack_linear", packed_with({4, 16}, uneven=True))
     with pytest.raises(NotRowInvariant, match=r"weight \[8, 8\]"):
-        agreeing_sizes.__wrapped__(8, 8, False, 1)
+        agreeing_sizes(odd_linear({4, 16}, uneven=True))
+
+
+@pytest.fixture
+def looked_at(monkeypatch):
+    """The layers whose sizes were compared."""
+    layers = []
+    monkeypatch.setattr(
+        row_invariant_cpu, "agreeing_sizes", lambda linear: (layers.append(linear), (1,))[1]
+    )
+    return layers
+
+
+def test_a_shape_is_looked_at_once_by_a_weight_of_the_model(looked_at):
+    pack, weights = RowInvariantPacking(), torch.randn(3, 70, 80)
+    packed = [pack(weight) for weight in (*weights, weights[0, :40])]
+    assert [(of.out_features, of.in_features) for of in looked_at] == [(70, 80), (40, 80)]
+    assert looked_at[0].weight is packed[0].weight, "nothing is packed for the comparison"
+    pack(weights[0], torch.randn(70))  # other products
+    RowInvariantPacking()(weights[0])  # another model's
+    assert len(looked_at) == 4
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+@pytest.mark.parametrize("few", [0, 5], ids=["alike", "nearly alike"])
+def test_a_weight_that_shows_no_order_of_its_sums_is_not_what_is_looked_at(looked_at, value, few):
+    weight = torch.full((200, 300), value)
+    weight[:few] = torch.randn(few, 300)
+    packed = RowInvariantPacking()(weight, torch.zeros(200))
+    (other,) = looked_at
+    assert other.weight is not packed.weight and other.bias is not None
+    torch.testing.assert_close(packed(weight[:1]), weight[:1] @ weight.t())
+
+
+def test_weights_of_a_bf16_checkpoint_tell():
+    assert row_invariant_cpu.tells(torch.randn(576, 1000).mul(0.02).bfloat16().float())
 
 
 def test_other_dtypes_are_refused():
     with pytest.raises(ValueError, match=r"weight: expected .*float32"):
-        pack_row_invariant(torch.ones(4, 4).bfloat16())
+        RowInvariantPacking()(torch.ones(4, 4).bfloat16())

@@ -1,6 +1,7 @@
 """The end-to-end parts of the GPU suite, on a CPU: the same path with a tiny shape; its sums."""
 
 import time
+from contextlib import nullcontext
 from dataclasses import fields
 
 import pytest
@@ -8,8 +9,19 @@ import torch
 import transformers
 
 from millrace.engine.config import EngineConfig
-from millrace.perf.e2e import deterministic, drive, exactness, models, peer, serve
+from millrace.engine.weights.checkpoint import open_checkpoint
+from millrace.perf.e2e import (
+    deterministic,
+    drive,
+    exactness,
+    models,
+    one_start,
+    peer,
+    serve,
+    start,
+)
 from millrace.perf.e2e.exactness import TOLERANCE, Token, compare
+from millrace.perf.e2e.one_start import Started, Watch
 from millrace.perf.e2e.row import recorded
 from millrace.perf.kernels.session import Ceilings, Session, Skip
 from millrace.perf.random_model import SHAPES, TINY, RandomCheckpoint, parameters_read, shapes_of
@@ -46,6 +58,7 @@ def test_a_model_is_measured_at_each_concurrency_and_beside_the_peer(session, ro
         ("decode step", "3 at once", "measured"),
         ("idle between steps", "4 at once", "skipped"),  # a CPU has no queue
         ("transformers", "2 at once", "measured"),
+        ("decode step, xformers", "3 at once", "skipped"),
     ]
     for row in rows[3:5]:
         facts = row["facts"]
@@ -71,7 +84,7 @@ def test_a_measurement_that_fails_costs_itself_alone(session, rows, monkeypatch)
     models.run_1b(session)
     failed = [row for row in rows if row["status"] == FAILED]
     assert [row["note"] for row in failed] == ["RuntimeError: no such device"] * 2
-    assert rows[-1]["value"] == 2.0
+    assert rows[-2]["value"] == 2.0
 
 
 def test_a_package_that_is_missing_is_a_skipped_row(session, rows):
@@ -156,6 +169,92 @@ def test_a_server_of_random_weights_is_started_and_answers(session, rows):
     ]
 
 
+def test_another_attention_is_measured_in_an_engine_of_its_own(session, rows):
+    with recorded(session, "decode step", "reference") as row:
+        models.measure_backend(row, session, models.SMALL, 3, "reference")
+    assert rows[0]["status"] == "measured" and rows[0]["value"] > 0
+
+
+# ---------------------------------------------------------------- starts
+
+
+def test_a_start_is_timed_in_a_process_of_its_own(session):
+    began = time.monotonic()
+    started = start.start_once(session, models.BIG, None)
+    assert list(started.phases) == ["imports", "device", "weights", "rest", "first_tokens"]
+    assert 0 < sum(started.phases.values()) < time.monotonic() - began
+    assert started.compiled == 0
+
+
+def test_a_start_that_takes_too_long_is_ended(session):
+    session.deadline = 0.0
+    with pytest.raises(RuntimeError, match="not started within the 1 s that were left"):
+        start.start_once(session, models.BIG, None)
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Starts in this process."""
+
+    def start_here(session, shape, folder):
+        path, settings = folder and str(folder), dict(drive.DRY.settings)
+        return one_start.start(one_start.Order(shape, path, settings, True, time.monotonic()))
+
+    monkeypatch.setattr(start, "start_once", start_here)
+
+
+@pytest.mark.usefixtures("here")
+def test_starts_are_measured_with_weights_drawn_and_read(session, rows):
+    start.run(session)
+    assert [(row["name"], row["case"], row["status"]) for row in rows] == [
+        ("start, warm", "Llama-3.1-8B, weights drawn on the device", "measured"),
+        ("start, warm", "Llama-3.2-1B, weights from files", "measured"),
+        ("start, calculated", "Llama-3.1-8B, weights from files", "measured"),
+    ]
+    drawn, read, calculated = rows
+    assert {row["goal"] for row in rows} == {20.0}
+    rate = read["facts"]["weights_gb_per_s"]
+    weights_s = drawn["facts"]["weights_gb_per_s"] * drawn["facts"]["weights_s"] / rate
+    expected = drawn["value"] - drawn["facts"]["weights_s"] + weights_s
+    assert calculated["value"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("compiled", "status", "value"), [((3, 0), "measured", 2.0), ((3, 1), FAILED, None)]
+)
+def test_only_a_start_that_compiles_nothing_counts(
+    session, rows, monkeypatch, compiled, status, value
+):
+    starts = [Started({"weights": 1.0 + i}, count, 10) for i, count in enumerate(compiled)]
+    monkeypatch.setattr(start, "start_once", lambda *_: starts.pop(0))
+    start.measure(session, models.BIG, "weights", nullcontext())
+    assert (rows[0]["status"], rows[0]["value"]) == (status, value)
+
+
+def test_the_phases_of_a_start_are_told_apart(monkeypatch):
+    now = iter(range(1, 100))
+    monkeypatch.setattr(one_start.time, "monotonic", lambda: float(next(now)))
+    watch = Watch(0.0)
+    watch.ended("imports")
+    for layer in range(3):
+        watch.progress(f"layer {layer}", layer + 1, 3)
+    for done in range(1, 11):  # five graphs, captured twice
+        watch.progress("decode graphs", done, 10)
+    watch.ended("rest")
+    names = ("imports", "weights", "first_graph", "trial_graphs", "cache", "graphs", "rest")
+    phases = watch.phases()
+    assert tuple(phases) == names
+    assert phases == dict.fromkeys(names, 1.0) | {"weights": 3.0}
+
+
+def test_sharded_weights_are_read_as_they_were_drawn(tmp_path):
+    start.save_sharded(TINY, CPU, torch.float32, tmp_path, shard_bytes=100_000)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    drawn, read = RandomCheckpoint(TINY, CPU, torch.float32), open_checkpoint(tmp_path)
+    assert set(read.names()) == set(drawn.names())
+    assert all(torch.equal(read.load(name), drawn.load(name)) for name in drawn.names())
+
+
 # ---------------------------------------------------------------- sums
 
 
@@ -207,11 +306,11 @@ def test_the_head_counts_and_an_embedding_beside_it_does_not():
 def test_idle_time_is_told_apart():
     """Two whole steps of 50 us; each waits 3 + 2 us at its boundary, and 1 us inside."""
     spans = [Span("Memcpy DtoH (Device -> Pinned)", 0, 4)]
-    for start in (4, 54):
+    for begin in (4, 54):
         spans += [
-            Span("gemm", start + 2, start + 20),
-            Span("attention", start + 21, start + 43),
-            Span("Memcpy DtoH (Device -> Pinned)", start + 46, start + 50),
+            Span("gemm", begin + 2, begin + 20),
+            Span("attention", begin + 21, begin + 43),
+            Span("Memcpy DtoH (Device -> Pinned)", begin + 46, begin + 50),
         ]
     idle = idle_of(reversed(spans))
     assert (idle.steps, idle.step_us) == (2, 50)

@@ -21,6 +21,7 @@ from millrace.scheduler.block_tables import BlockTables
 from millrace.scheduler.deadline_first import EarliestDeadlineFirst
 from millrace.scheduler.decode_set import DecodeSet
 from millrace.scheduler.fair_share import FairShare
+from millrace.scheduler.idle_blocks import IdleBlocks
 from millrace.scheduler.policy import FirstComeFirstServed, Ordered
 from millrace.scheduler.prefix_cache import PrefixCache
 from millrace.scheduler.priority import PriorityWithAging
@@ -63,19 +64,21 @@ BUGS = {
     "blocks are given back head first": Bug(
         BlockPool,
         "give_back",
-        {
-            "blocks[::-1][self.refs[blocks[::-1]] == 0]": "blocks[self.refs[blocks] == 0]",
-        },
+        {"blocks[left == 0][::-1]": "blocks[left == 0]"},
     ),
-    "a shared block is freed by its first owner": Bug(
-        BlockPool, "give_back", {"[self.refs[blocks[::-1]] == 0]": ""}
+    "a shared block is freed by its first owner": Bug(BlockPool, "give_back", {"[left == 0]": ""}),
+    "a block that has come to rest again keeps its old place as well": Bug(
+        IdleBlocks, "_still_idle", {"== since": "> 0"}
+    ),
+    "of blocks taken from the middle of a row the rest is lost": Bug(
+        IdleBlocks, "pop_oldest", {"idle[missing:]": "idle[:0]"}
     ),
     # Prefix cache
     "a prompt that is cached whole leaves nothing to compute": Bug(
         BlockTables, "_cached_prefix", {"request.num_known - 1": "request.num_known"}
     ),
     "blocks not computed yet are cached": Bug(
-        BlockTables, "index", {"int(table.computed[slot]), self": "9999, self"}
+        BlockTables, "_index", {"int(table.computed[slot]), self": "9999, self"}
     ),
     "a chain goes on behind another's block": Bug(
         PrefixCache,
@@ -169,7 +172,7 @@ BUGS = {
     ),
     "a window's blocks are indexed however far they are": Bug(
         BlockTables,
-        "index",
+        "_index",
         {"min(int(table.computed[slot]), self._indexed_tokens)": "int(table.computed[slot])"},
     ),
     # Preemption

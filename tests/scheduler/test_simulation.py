@@ -52,7 +52,11 @@ def test_a_seed_gives_the_same_events_every_time():
 
 
 def test_the_worlds_are_as_rough_as_they_should_be():
-    """A simulation in which nothing happens would prove nothing."""
+    """A simulation in which nothing happens would prove nothing.
+
+    What is asked for is about a third of what happened when this was written: a scenario that draws
+    one number more has other worlds, and they are as rough.
+    """
     happened, preemptions = Counter(), Counter()
     for seed in range(150):
         world = simulate(seed)
@@ -61,16 +65,14 @@ def test_the_worlds_are_as_rough_as_they_should_be():
         happened["drafted"] += sum("drafts [[" in line for line in world.log)
         happened["swapped in"] += world.scheduler._tables.host.num_swapped_in
         preemptions[world.scenario.policy] += world.scheduler.counters.preemptions
-    for what in [*Finish, "refused", "preempted", "abandoned", "next turns", "clock jumps"]:
-        assert happened[what] >= 10, happened
+    for what in [*Finish, "refused", "preempted", "abandoned", "next turns"]:
+        assert happened[what] >= 15, happened
     for policy in POLICIES:  # ran out of memory under each
-        assert preemptions[policy] >= 3, preemptions
-    assert happened["shed"] >= 5, happened
-    assert happened["copies"] >= 20, happened
-    assert happened["swapped in"] >= 5, happened
-    assert happened["drafted"] >= 400, happened
-    assert happened["hit tokens"] >= 1000, happened
-    assert happened["steps"] >= 2000, happened
+        assert preemptions[policy] >= 8, preemptions
+    least = {"shed": 2, "clock jumps": 5, "copies": 15, "swapped in": 15, "drafted": 250}
+    least |= {"hit tokens": 400, "steps": 1000}
+    for what, count in least.items():
+        assert happened[what] >= count, happened
 
 
 def test_a_world_of_many_requests_holds():

@@ -140,13 +140,31 @@ def test_a_failing_launch_ends_what_runs_and_nothing_else(make_world, monkeypatc
 
 
 @AHEAD
-def test_logprobs_come_with_their_own_tokens(make_world, run_ahead):
-    worlds = [make_world(), make_world(run_ahead=run_ahead)]
+@pytest.mark.parametrize("sizes", [None, (4,)], ids=["exact", "padded"])
+def test_logprobs_come_with_their_own_tokens(make_world, run_ahead, sizes):
+    """Every step writes them to the same place, so they must be on their way before the next one
+    is launched; in steps of decodes alone, and in those that compute a prompt besides."""
+    asked = {1: {"logprobs": 2, "prompt_logprobs": 1}, 3: {"logprobs": 0}, 4: {"logprobs": 20}}
+    worlds = [
+        make_world(max_running=4),
+        make_world(max_running=4, run_ahead=run_ahead, sizes=sizes),
+    ]
     for world in worlds:
-        world.submit(1, prompt_of(30), max_tokens=8, logprobs=2, prompt_logprobs=1, seed=3)
-        world.submit(2, prompt_of(31), max_tokens=8, ignore_eos=True)
+        for index in (1, 2, 3, 4):
+            more = asked.get(index, {})
+            world.submit(index, prompt_of(29 + index), 8, seed=3, ignore_eos=True, **more)
+            world.step()
         world.run()
-    plain, ahead = (world.got[1] for world in worlds)
-    assert [entry.token_id for entry in ahead.logprobs] == ahead.token_ids
-    assert ahead.logprobs == plain.logprobs
-    assert ahead.prompt_logprobs == plain.prompt_logprobs
+    alone, ahead = (world.got for world in worlds)
+    assert not ahead[2].logprobs
+    for index, wanted in asked.items():
+        entries = ahead[index].logprobs
+        assert [entry.token_id for entry in entries] == ahead[index].token_ids
+        assert {len(entry.top_ids) for entry in entries} == {wanted["logprobs"]}
+        assert entries == alone[index].logprobs
+        assert ahead[index].prompt_logprobs == alone[index].prompt_logprobs
+    for entry in ahead[4].logprobs:
+        if entry.rank <= 20:
+            place = entry.rank - 1
+            assert entry.top_ids[place] == entry.token_id
+            assert entry.top_logprobs[place] == entry.logprob

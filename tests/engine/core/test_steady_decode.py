@@ -1,8 +1,11 @@
 """A steady decode step sends the device nothing, and fetches three numbers a row."""
 
 import numpy as np
+import pytest
 
 from millrace.engine.runner.copies import SharedMemory
+from millrace.engine.runner.graphs import Draws
+from millrace.engine.runner.logprobs import score_rows
 
 
 class CountingCopies(SharedMemory):
@@ -65,19 +68,29 @@ def test_no_tensor_of_the_table_moves(make_world):
     assert world.core._runner._table.addresses() == before
 
 
-def test_only_who_asks_pays_for_logprobs(make_world):
-    """A step in which nobody asks is a replay; a graph would keep its logits to itself."""
-    world, _ = decoding_world(make_world)
+@pytest.mark.parametrize(
+    ("asked", "draws"),
+    [
+        ({"temperature": 0.7}, Draws.PLAIN),
+        ({"temperature": 0.7, "top_p": 0.9}, Draws.FILTERED),
+        ({"temperature": 0.0, "top_p": 0.9}, Draws.PLAIN),
+        ({"repetition_penalty": 1.1}, Draws.FILTERED),
+        ({"logprobs": 0}, Draws.SCORED),
+        ({"logprobs": 3, "top_k": 5}, Draws.SCORED),
+    ],
+    ids=str,
+)
+def test_a_step_draws_as_the_most_demanding_of_its_rows(make_world, asked, draws):
+    """Each is a replay, whatever is asked; and nobody pays for who is gone."""
+    world, copies = decoding_world(make_world)
     calls, replayed = world.core._runner._calls, []
     replay = calls.replay
-    calls.replay = lambda shape: (replayed.append(shape.rows), replay(shape))
+    calls.replay = lambda shape: (replayed.append((shape.rows, shape.draws)), replay(shape))
     world.step()
-    assert replayed == [3]
-    world.submit(9, [5] * 30, max_tokens=3, logprobs=1)
-    world.step()  # computes the prompt beside the decodes: no replay
-    world.step()  # decodes with logprobs
-    world.step()
-    assert replayed == [3]
-    world.step()
-    world.step()
-    assert replayed == [3, 3, 3]
+    world.submit(9, [5] * 30, max_tokens=3, ignore_eos=True, **asked)
+    for _ in range(4):  # the prompt beside the decodes, and draws its first token; then two more
+        world.step()
+    plain = (3, Draws.PLAIN)
+    assert replayed == [plain, (4, draws), (4, draws), plain]
+    rows = score_rows(20) if draws is Draws.SCORED else 0
+    assert copies.fetched == [(3, 8), *[(3 + rows, 8)] * 3, (3, 8)]

@@ -108,6 +108,13 @@ def test_a_buffer_grows_only_after_its_last_copy(late):
     assert large.views(second)["numbers"].tolist() == [2] * 5000
 
 
+def test_buffers_for_fetches_are_as_large_as_was_announced(late):
+    copies = PinnedCopies(CPU, 1, lambda size: torch.zeros(size).byte(), late.make_event, 50_000)
+    buffer = copies._rings["fetch"][0].buffer
+    assert copies.fetch(torch.arange(6250)).wait()[-1] == 6249
+    assert copies._rings["fetch"][0].buffer is buffer, "nothing is pinned while serving"
+
+
 def test_shared_memory_hands_out_what_was_there_at_the_call():
     copies, tensor = SharedMemory(), torch.tensor([[1], [0], [1]])
     arrival = copies.fetch(tensor)

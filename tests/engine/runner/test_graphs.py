@@ -4,7 +4,18 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from millrace.engine.runner.graphs import DirectCalls, Graphs, StepShape, contexts, ladder
+from millrace.engine.runner.graphs import (
+    CaptureBar,
+    DirectCalls,
+    Draws,
+    Graphs,
+    StepShape,
+    contexts,
+    ladder,
+    shapes_to_capture,
+)
+
+PLAIN, FILTERED, SCORED = Draws
 
 
 @dataclass
@@ -60,7 +71,7 @@ def test_every_batch_has_a_size_and_little_padding(max_running):
     assert sizes[-1] == max_running and list(sizes) == sorted(set(sizes))
     calls = DirectCalls(lambda shape: None, sizes)
     for rows in range(1, max_running + 1):
-        size = calls.fit(StepShape(rows, 9)).rows
+        size = calls.fit(StepShape(rows, 9, PLAIN)).rows
         assert size >= rows
         assert size - rows < max(8, rows / 8)
 
@@ -78,21 +89,43 @@ def test_contexts(max_context, lengths):
     assert contexts(max_context) == lengths
 
 
+def test_the_default_ladder_has_so_many_graphs():
+    """Each costs a start two captures, and memory: a kind of its own is no small matter."""
+    shapes = shapes_to_capture(ladder(256), contexts(131_072))
+    counts = {kind: sum(shape.draws is kind for shape in shapes) for kind in Draws}
+    assert counts == {PLAIN: 108, FILTERED: 108, SCORED: 27}
+
+
 def graphs_of(ran, recorder, sizes=(1, 2), lengths=(8, 64), addresses=list, **options):
     return Graphs(ran.append, sizes, lengths, recorder, addresses, **options)
 
 
 def test_the_largest_is_captured_first_and_every_shape_runs_once_before():
     recorder, ran, seen = FakeRecorder(), [], []
-    graphs_of(ran, recorder, progress=lambda *step: seen.append(step))
-    shapes = [StepShape(*pair) for pair in ((2, 64), (2, 8), (1, 64), (1, 8))]
+    bar = CaptureBar(lambda *step: seen.append(step), passes=1)
+    graphs_of(ran, recorder, bar=bar)
+    shapes = [
+        StepShape(rows, context, draws)
+        for rows in (2, 1)
+        for context, kinds in ((64, (SCORED, FILTERED, PLAIN)), (8, (FILTERED, PLAIN)))
+        for draws in kinds
+    ]
     assert ran == shapes[:1] + [shape for shape in shapes for _ in range(2)]
-    assert recorder.log == ["warm up"] + ["warm up", "record"] * 4
-    assert seen == [("decode graphs", done, 4) for done in (1, 2, 3, 4)]
+    assert recorder.log == ["warm up"] + ["warm up", "record"] * 10
+    assert seen == [("decode graphs", done, 10) for done in range(1, 11)]
+
+
+def test_a_start_that_captures_twice_has_one_bar():
+    seen = []
+    bar = CaptureBar(lambda *step: seen.append(step), passes=2)
+    for _ in range(2):
+        graphs_of([], FakeRecorder(), sizes=(1,), lengths=(8,), bar=bar)
+    assert seen == [("decode graphs", done, 6) for done in range(1, 7)]
 
 
 def test_memory_is_that_of_all_captures_together():
-    assert graphs_of([], FakeRecorder()).num_bytes == 1030
+    graphs = graphs_of([], FakeRecorder())
+    assert len(graphs) == 10 and graphs.num_bytes == 1000 + 9 * 10
 
 
 def test_replay_runs_the_smallest_shape_that_holds_the_batch():
@@ -100,21 +133,19 @@ def test_replay_runs_the_smallest_shape_that_holds_the_batch():
     graphs = graphs_of(ran, FakeRecorder(), ladder(40), contexts(10_000))
     ran.clear()
     for rows, context in ((1, 1), (3, 2048), (8, 2049), (9, 8192), (33, 8193)):
-        graphs.replay(graphs.fit(StepShape(rows, context)))
+        graphs.replay(graphs.fit(StepShape(rows, context, PLAIN)))
     expected = ((1, 2048), (4, 2048), (8, 8192), (16, 8192), (40, 10_000))
-    assert ran == [StepShape(*shape) for shape in expected]
+    assert ran == [StepShape(*shape, PLAIN) for shape in expected]
 
 
-def test_plain_steps_have_graphs_of_their_own_up_to_so_many_rows():
+@pytest.mark.parametrize(("draws", "context"), [(PLAIN, 8), (FILTERED, 8), (SCORED, 64)])
+def test_each_kind_of_draw_has_graphs_and_scored_ones_at_the_longest_context(draws, context):
     ran = []
-    graphs = graphs_of(ran, FakeRecorder(), (1, 2, 4), plain_rows=2)
+    graphs = graphs_of(ran, FakeRecorder(), sizes=(1, 2, 4))
     ran.clear()
-    for rows, plain in ((1, True), (2, False), (2, True), (3, True)):
-        graphs.replay(graphs.fit(StepShape(rows, 8, plain)))
-    assert ran == [
-        *(StepShape(1, 8, True), StepShape(2, 8), StepShape(2, 8, True)),
-        StepShape(4, 8, False),
-    ]
+    for rows in (1, 3):
+        graphs.replay(graphs.fit(StepShape(rows, 5, draws)))
+    assert ran == [StepShape(1, context, draws), StepShape(4, context, draws)]
 
 
 def test_a_tensor_that_moved_is_noticed_before_anything_is_written():
@@ -123,7 +154,7 @@ def test_a_tensor_that_moved_is_noticed_before_anything_is_written():
     ran.clear()
     addresses[1] = 3
     with pytest.raises(AssertionError, match="moved"):
-        graphs.replay(StepShape(1, 8))
+        graphs.replay(StepShape(1, 8, PLAIN))
     assert ran == []
 
 
@@ -131,12 +162,13 @@ def test_what_the_first_run_makes_counts_as_recorded():
     """Workspaces are made in the warm-up; from the first capture on they stay."""
     made = []
     graphs = graphs_of(made, FakeRecorder(), addresses=lambda: [id(made[0])])
-    graphs.replay(StepShape(1, 8))
+    graphs.replay(StepShape(1, 8, PLAIN))
 
 
 def test_direct_calls_take_every_shape_unless_told():
     ran = []
     calls = DirectCalls(ran.append)
-    calls.replay(calls.fit(StepShape(3, 17)))
-    calls.replay(calls.fit(StepShape(2, 5, plain=True)))
-    assert ran == [StepShape(3, 17), StepShape(2, 5, True)]
+    shapes = [StepShape(3, 17, FILTERED), StepShape(2, 5, SCORED)]
+    for shape in shapes:
+        calls.replay(calls.fit(shape))
+    assert ran == shapes

@@ -15,7 +15,10 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
 ]
-SAMPLED = [{"temperature": 0.0}, {"temperature": 0.8, "top_p": 0.9, "frequency_penalty": 0.3}]
+PLAIN = ({"temperature": 0.0}, {"temperature": 0.8})
+FILTERED = (*PLAIN, {"temperature": 0.8, "top_p": 0.9, "frequency_penalty": 0.3})
+SCORED = (*FILTERED, {"temperature": 0.8, "top_k": 20, "logprobs": 3})
+KINDS = pytest.mark.parametrize("asked", [PLAIN, FILTERED, SCORED], ids=["plain", "filters", "all"])
 
 
 def core_of(path, **settings):
@@ -24,36 +27,47 @@ def core_of(path, **settings):
     return build_core(config, ModelLocation(path, "tiny", "folder"))[0]
 
 
-def submit(core, count, max_tokens=24):
+def submit(core, count, max_tokens=24, asked=FILTERED):
     for index in range(count):
         prompt = np.random.default_rng(index).integers(3, 199, 16 + index).astype("<i4")
-        params = SamplingParams(**SAMPLED[index % 2], max_tokens=max_tokens, seed=index)
+        chosen = asked[index % len(asked)]
+        params = SamplingParams(**chosen, max_tokens=max_tokens, seed=index)
         core.handle(NewRequest(index, prompt.tobytes(), params, max_tokens, [], 0.0))
 
 
-def tokens_of(core, count):
-    submit(core, count)
-    tokens = [[] for _ in range(count)]
+def tokens_of(core, count, asked=FILTERED):
+    """Of each request its tokens, and their logprobs where it asked for some."""
+    submit(core, count, asked=asked)
+    tokens = [([], []) for _ in range(count)]
     while not core.is_idle:
         for message in core.step():
             for delta in message.deltas if isinstance(message, StepOutput) else ():
-                tokens[delta.id] += delta.token_ids
+                tokens[delta.id][0].extend(delta.token_ids)
+                tokens[delta.id][1].extend(delta.logprobs or ())
     return tokens
 
 
+@KINDS
 @pytest.mark.parametrize("run_ahead", [0, 1, 2])
-def test_graphs_draw_the_tokens_of_direct_calls(tiny_llama, run_ahead):
+def test_graphs_draw_the_tokens_of_direct_calls(tiny_llama, run_ahead, asked):
     captured = core_of(tiny_llama.path, run_ahead=run_ahead)
     assert isinstance(captured._runner._calls, Graphs)
     direct = core_of(tiny_llama.path, run_ahead=0)
     direct._runner._calls = DirectCalls(direct._runner._step.decode, captured._runner._calls._sizes)
-    assert tokens_of(captured, 5) == tokens_of(direct, 5)
+    drawn = tokens_of(captured, 5, asked)
+    assert drawn == tokens_of(direct, 5, asked)
+    for index, (tokens, scores) in enumerate(drawn):
+        is_scored = "logprobs" in asked[index % len(asked)]
+        assert [entry.token_id for entry in scores] == (tokens if is_scored else [])
 
 
+@KINDS
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_a_steady_decode_step_neither_waits_nor_allocates(tiny_llama, monkeypatch, deterministic):
+def test_a_steady_decode_step_neither_waits_nor_allocates(
+    tiny_llama, monkeypatch, deterministic, asked
+):
     core = core_of(tiny_llama.path, deterministic=deterministic)
-    submit(core, 5, max_tokens=100)
+    submit(core, 5, max_tokens=100, asked=asked)
     for _ in range(6):
         core.step()
     torch.cuda.synchronize()

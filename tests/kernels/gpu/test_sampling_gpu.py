@@ -101,6 +101,18 @@ def test_the_same_call_twice_gives_the_same_tokens(sampling_case, gpu):
         assert torch.equal(sample(*inputs).token_ids, first)
 
 
+@pytest.mark.parametrize("rows", [1, 64, 256])
+def test_without_filters_two_launches_draw_what_nine_do(gpu, rows):
+    random = torch.Generator(gpu).manual_seed(rows)
+    logits = torch.empty(rows, VOCAB, device=gpu).normal_(generator=random).bfloat16()
+    params = SlotSampling.zeros(2, VOCAB)
+    params.write(1, SlotValues(temperature=1.1, seed=7))
+    slots, positions = torch.arange(rows, device=gpu) % 2, torch.arange(rows, device=gpu)
+    inputs = (logits, slots, positions, on(gpu, params))
+    plain, expected = sample_triton(*inputs, plain=True), sample_triton(*inputs)
+    assert torch.equal(plain.token_ids, expected.token_ids) and plain.ok.all()
+
+
 @pytest.mark.parametrize("vocab", VOCABS)
 def test_logprobs_are_the_references(gpu, vocab):
     random = torch.Generator(gpu).manual_seed(vocab)

@@ -295,6 +295,44 @@ def test_rows_without_an_answer_are_reported_alone():
     assert scored.logprobs.isnan().tolist() == [False, True, True, True, False] * len(MODES)
 
 
+KERNELS = [name for name in vars(sampling_triton) if name.endswith("_kernel")]
+
+
+class _Counted:
+    """A kernel whose launches are noted."""
+
+    def __init__(self, name, launched):
+        self.name, self.launched = name, launched
+        self.kernel = getattr(sampling_triton, name)
+
+    def __getitem__(self, grid):
+        self.launched.append(self.name)
+        return self.kernel[grid]
+
+
+def test_rows_without_filters_are_two_launches_and_the_same_bits(monkeypatch):
+    """Greedy and with a temperature, edited, in several tiles, with nothing left and with NaN."""
+    vocab, edits = 5000, {"bias": {7: 9.0}, "frequency_penalty": 0.4, "output_ids": (5, 5)}
+    logits = torch.randn(6, vocab, generator=torch.Generator().manual_seed(4)) * 3
+    logits[3, 4999], logits[4] = math.nan, -math.inf
+    logits[5, 4500] = logits[5, 90] = math.inf
+    params = SlotSampling.zeros(3, vocab)
+    for slot, values in enumerate(({}, {"temperature": 1.3}, {"temperature": 0.7, **edits})):
+        params.write(slot, SlotValues(seed=slot, **values))
+    inputs = (logits, int64(0, 1, 2, 1, 1, 2), torch.arange(6), params)
+    expected, launched = sample_triton(*inputs), []
+    for name in KERNELS:
+        monkeypatch.setattr(sampling_triton, name, _Counted(name, launched))
+    plain = sample_triton(*inputs, plain=True)
+    assert launched == ["stats_kernel", "finish_kernel"]
+    for name in ("token_ids", "ok"):
+        assert torch.equal(getattr(plain, name), getattr(expected, name))
+    assert torch.equal(plain.notes.kept, expected.notes.kept)
+    launched.clear()
+    sample_triton(*(t[:1] for t in inputs[:3]), params)
+    assert len(launched) == len(set(launched)) == len(KERNELS) == 9
+
+
 @pytest.mark.parametrize(("vocab", "num_top"), [(60, 60), (4096, 5), (5000, 0)])
 def test_logprobs_are_the_reference_s(vocab, num_top):
     wide = torch.randn(5, vocab + 7, generator=torch.Generator().manual_seed(vocab)) * 8
