@@ -143,8 +143,10 @@ def temperature_factors(slot: int, params: SlotSampling) -> tuple[bool, Tensor, 
 
 def filters_of(slot: int, position: int, params: SlotSampling) -> Filters:
     """A row's filters; XTC among them only if its coin falls so."""
-    at = params.seed.new_tensor([position])
-    xtc = xtc_coins(params.seed[slot].view(1), at)[0] < params.xtc_probability[slot]
+    probability, xtc = float(params.xtc_probability[slot]), False
+    if probability > 0.0:
+        at = params.seed.new_tensor([position])
+        xtc = float(xtc_coins(params.seed[slot].view(1), at)[0]) < probability
     return Filters(
         top_n_sigma=float(params.top_n_sigma[slot]),
         top_k=int(params.top_k[slot]),
