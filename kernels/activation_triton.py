@@ -90,8 +90,7 @@ def _launch(gate_up: Tensor, gelu: bool, interleaved: bool) -> Tensor:
         FFN=ffn,
         GELU=gelu,
         INTERLEAVED=interleaved,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.options,
         **config.constants,
     )
     return out

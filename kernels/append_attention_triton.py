@@ -22,8 +22,8 @@ from millrace.kernels.attention import PreparedAttention, expect_attention_input
 from millrace.kernels.attention_decode_triton import attend_decode, find_work, merge_kernel
 from millrace.kernels.attention_triton import (
     LOG2_E,
+    MERGE_OPTIONS,
     MERGE_UNROLL,
-    MERGE_WARPS,
     MIN_BLOCK_M,
     SPLIT,
     attention_config,
@@ -31,6 +31,7 @@ from millrace.kernels.attention_triton import (
     split_scratch,
 )
 from millrace.kernels.checks import expect
+from millrace.kernels.configs import UNFUSED
 from millrace.kernels.kv_append import expect_append_inputs, expect_norms_and_scales
 from millrace.kernels.kv_append_triton import rotated
 
@@ -154,7 +155,6 @@ def append_attention(
         "BLOCK_D": max(MIN_BLOCK_M, triton.next_power_of_2(head_dim)),
         "SPLIT": SPLIT,
         "WINDOW": window,
-        "enable_fp_fusion": False,
     }
     append_attention_kernel[(rows + capacity, num_kv_heads)](
         qkv, positions, write_index, cos_sin, q_norm_weight, k_norm_weight, q, k_cache, v_cache,
@@ -165,11 +165,11 @@ def append_attention(
         DECODE_M=max(MIN_BLOCK_M, triton.next_power_of_2(group)), BLOCK_SIZE=block_size,
         TILE=config.constants["TILE"], NORM=q_norm_weight is not None,
         UPCAST=q.device.type == "cpu" and q.dtype == torch.bfloat16,
-        num_warps=config.num_warps, num_stages=config.num_stages, **shared,
+        **shared, **config.options, **UNFUSED,
     )  # fmt: skip
     if capacity:
         merge_kernel[(rows, num_heads)](
             *scratch, batch.context_lens, None, out, rows, capacity, SCALED=False,
-            UNROLL=MERGE_UNROLL, num_warps=MERGE_WARPS, **shared,
+            UNROLL=MERGE_UNROLL, **shared, **MERGE_OPTIONS,
         )  # fmt: skip
     return out

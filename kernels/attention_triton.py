@@ -30,14 +30,14 @@ from torch import Tensor
 from millrace.kernels.attention import KVScales, PreparedAttention, expect_attention_inputs
 from millrace.kernels.attention_decode_triton import attend_decode, find_work, merge_kernel
 from millrace.kernels.attention_prefill_triton import attend_prefill
-from millrace.kernels.configs import LaunchConfig, launch_config
+from millrace.kernels.configs import UNFUSED, LaunchConfig, launch_config
 
 SPLIT = 256  # positions; a part of the result's bits
 MIN_BLOCK_M = 16  # rows of the smallest matrix instruction
 MAX_HEAD_DIM = 256
 LOG2_E = 1.4426950408889634
 MERGE_UNROLL = 8
-MERGE_WARPS = 1
+MERGE_OPTIONS = {"num_warps": 1, **UNFUSED}
 FP8_CAPABILITY = (8, 9)  # the first NVIDIA GPUs that convert float8_e4m3fn
 HOPPER = (9, 0)
 
@@ -151,7 +151,6 @@ def paged_attention(
         "BLOCK_D": max(MIN_BLOCK_M, triton.next_power_of_2(head_dim)),
         "SPLIT": SPLIT,
         "WINDOW": window,
-        "enable_fp_fusion": False,
     }
     attention_kernel[(num_decodes + capacity + num_blocks, k_cache.shape[2])](
         q, k_cache, v_cache, batch.block_table, batch.slots, batch.query_start,
@@ -163,12 +162,12 @@ def paged_attention(
         DECODE_M=max(MIN_BLOCK_M, triton.next_power_of_2(group)), BLOCK_M=block_m,
         BLOCK_SIZE=prepared.block_size, TILE=config.constants["TILE"], SOFTCAP=softcap is not None,
         UPCAST=q.device.type == "cpu" and q.dtype == torch.bfloat16,
-        num_warps=config.num_warps, num_stages=config.num_stages, **shared,
+        **shared, **config.options, **UNFUSED,
     )  # fmt: skip
     if capacity:
         merge_kernel[(num_decodes, num_heads)](
             *scratch, batch.context_lens, v_scale, out, num_decodes, capacity,
-            UNROLL=MERGE_UNROLL, num_warps=MERGE_WARPS, **shared,
+            UNROLL=MERGE_UNROLL, **shared, **MERGE_OPTIONS,
         )  # fmt: skip
     return out
 

@@ -17,6 +17,9 @@ from typing import Any
 import torch
 
 FILE = Path(__file__).parent / "configs.json"
+UNFUSED = {"enable_fp_fusion": False}
+"""How a kernel is launched in which a + b * c has to round alike whatever the layout of a tile: the
+compiler makes no fused multiply-add that the kernel does not spell out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +29,11 @@ class LaunchConfig:
     num_warps: int
     num_stages: int
     constants: Mapping[str, int]
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What Triton is told besides the constants. With those, it is a part of a binary's key."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
 def launch_config(

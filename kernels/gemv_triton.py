@@ -30,20 +30,11 @@ LOAD_BYTES = 16  # of a thread, at once
 def gemv_kernel(
     p_x,  # [T, K]
     p_weight,  # [N, K]
-    p_y,
-    p_bias,
-    p_norm_squares,
-    p_residual,
-    p_gamma,
-    p_scaled,
-    p_squares,
+    epilogue,
     num_rows,
     stride_x,
-    eps,
     N: tl.constexpr,
     K: tl.constexpr,
-    NORM_TILES: tl.constexpr,
-    SILU_MUL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -71,26 +62,7 @@ def gemv_kernel(
         b_acc += b_w.to(tl.float32) * b_x.to(tl.float32)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    finish(
-        tl.sum(b_acc, axis=2),
-        i_tile,
-        o_t,
-        num_rows,
-        eps,
-        p_y,
-        p_bias,
-        p_norm_squares,
-        p_residual,
-        p_gamma,
-        p_scaled,
-        p_squares,
-        N,
-        K,
-        NORM_TILES,
-        SILU_MUL,
-        BLOCK_N,
-        BLOCK_T,
-    )
+    finish(tl.sum(b_acc, axis=2), i_tile, o_t, num_rows, epilogue, N, K, BLOCK_N, BLOCK_T)
 
 
 def gemv_config(weight: Tensor) -> LaunchConfig:
@@ -131,8 +103,7 @@ def linear_gemv(
             UNROLL=config.constants["UNROLL"],
             PDL=pdl,
             **launch_arguments(x, weight, fusion, output),
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            **config.options,
             **({"launch_pdl": True} if pdl else {}),
         )
     return output

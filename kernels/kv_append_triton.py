@@ -193,7 +193,6 @@ def kv_append(
         KV_TILE=kv_tile,
         NORM=q_norm_weight is not None,
         FP8=fp8,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.options,
     )
     return q

@@ -23,7 +23,7 @@ from millrace.kernels.configs import LaunchConfig
 from millrace.kernels.matmul_fused import Fusion, InputNorm, check_linear
 from millrace.kernels.matmul_plan import MAX_ROWS, decode_config, split_length
 from millrace.kernels.matmul_tile_triton import inverse_rms, product_of_splits
-from millrace.kernels.matmul_triton import MIN_BLOCK_T, WIDE_STAGES
+from millrace.kernels.matmul_triton import MIN_BLOCK_T, decode_options
 from millrace.kernels.order_triton import NO_ID
 from millrace.kernels.rng import CALLS_PER_TILE, TILE, WORDS
 from millrace.kernels.rng_triton import gumbel_calls
@@ -32,7 +32,7 @@ from millrace.kernels.sampling import GREEDY_BELOW, SampledTokens, SlotSampling
 
 CALLS_PER_BLOCK = 16
 BLOCKS_PER_TILE = CALLS_PER_TILE // CALLS_PER_BLOCK
-BEST_WARPS = 8
+BEST_OPTIONS = {"num_warps": 8}
 
 _TILE = tl.constexpr(TILE)
 _CALLS = tl.constexpr(CALLS_PER_TILE)
@@ -178,13 +178,11 @@ def draw_from_hidden(
         BLOCK_T=block_t,
         BLOCK_K=block_k,
         UPCAST=x.device.type == "cpu",
-        num_warps=config.num_warps,
-        num_stages=min(config.num_stages, WIDE_STAGES) if block_t > 32 else config.num_stages,
-        enable_fp_fusion=False,  # logits / temperature + g rounds twice, as the sampler does
+        **decode_options(config, block_t),  # logits / temperature + g rounds twice, as in sampling
     )
     padded = triton.next_power_of_2(blocks)
     best_kernel[(rows,)](
-        best, best_id, sampled.token_ids, sampled.ok, blocks, padded, num_warps=BEST_WARPS
+        best, best_id, sampled.token_ids, sampled.ok, blocks, padded, **BEST_OPTIONS
     )
     return sampled
 

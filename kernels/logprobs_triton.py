@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from millrace.kernels.configs import UNFUSED
 from millrace.kernels.edits_triton import (
     edited_logits,
     is_filtered,
@@ -47,18 +48,20 @@ from millrace.kernels.sampling import SampledTokens, check_inputs
 from millrace.kernels.sampling_filters_triton import (
     GROUP,
     GROUPS_PER_TILE,
+    bound_options,
     head,
     list_groups,
     mass_of,
 )
 from millrace.kernels.slot_sampling import PROCESSED_LOGPROBS, SlotSampling
 
-WARPS, PART_WARPS = 8, 16
+OPTIONS = {"num_warps": 8}
+PART_OPTIONS = {"num_warps": 16, **UNFUSED}
 
 
-def pick_warps(tiles: int) -> int:
-    """Warps that hold the group maxima of `tiles` tiles (a power of two) without a spill."""
-    return 8 if tiles <= 32 else 16
+def pick_options(tiles: int, amd: bool = torch.version.hip is not None) -> dict[str, int]:
+    """The warps of the sampler's bound: both hold the group maxima of `tiles` tiles."""
+    return {**bound_options(tiles, amd), **UNFUSED}
 
 
 _TILE = tl.constexpr(TILE)
@@ -265,7 +268,7 @@ def raw_logprobs_triton(logits: Tensor, token_ids: Tensor, num_top: int) -> RawL
     if rows:
         raw_tile_kernel[(rows, tiles)](
             *(logits, token_ids, *partial, logits.stride(0), tiles, vocab, num_top),
-            num_warps=WARPS,
+            **OPTIONS,
         )
     return _merge(partial, num_top)
 
@@ -295,14 +298,12 @@ def drawn_logprobs_triton(
         pick_kernel[(rows,)](
             *(inputs, notes.kept, notes.maxima, notes.best, sampled.token_ids, groups),
             *(num_groups, chosen, tiles, num_top, padded),
-            num_warps=pick_warps(padded),
-            enable_fp_fusion=False,
+            **pick_options(padded),
         )
         part_kernel[(rows, tiles)](
             *(inputs, notes.kept, notes.best, notes.mass, groups, num_groups, *partial),
             *(tiles, num_top),
-            num_warps=PART_WARPS,
-            enable_fp_fusion=False,
+            **PART_OPTIONS,
         )
     return _merge(partial, num_top)
 
@@ -334,6 +335,6 @@ def _merge(partial: tuple[Tensor, ...], num_top: int) -> RawLogprobs:
             *(*partial, scored.logprobs, scored.ranks, scored.top_ids, scored.top_logprobs),
             *(tiles, num_top, triton.next_power_of_2(tiles)),
             triton.next_power_of_2(max(1, tiles * num_top)),
-            num_warps=WARPS,
+            **OPTIONS,
         )
     return scored

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from millrace.kernels.configs import LaunchConfig, launch_config
+from millrace.kernels.configs import UNFUSED, LaunchConfig, launch_config
 from millrace.kernels.matmul_fused import PLAIN, Fusion, LinearOutput, check_linear
 from millrace.kernels.matmul_plan import (
     SMS,
@@ -45,22 +45,13 @@ NUM_WARPS = 8
 def persistent_kernel(
     x,  # [T, K], or its descriptor
     weight,  # [N, K], or its descriptor
-    p_y,
-    p_bias,
-    p_norm_squares,
-    p_residual,
-    p_gamma,
-    p_scaled,
-    p_squares,
+    epilogue,
     num_rows,
     stride_x,
-    eps,
     N: tl.constexpr,
     K: tl.constexpr,
     SPLITS: tl.constexpr,
     SPLIT_LENGTH: tl.constexpr,
-    NORM_TILES: tl.constexpr,
-    SILU_MUL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -97,26 +88,7 @@ def persistent_kernel(
             TMA,
             UPCAST,
         )
-        finish(
-            b_acc,
-            i_n,
-            o_t,
-            num_rows,
-            eps,
-            p_y,
-            p_bias,
-            p_norm_squares,
-            p_residual,
-            p_gamma,
-            p_scaled,
-            p_squares,
-            N,
-            K,
-            NORM_TILES,
-            SILU_MUL,
-            BLOCK_N,
-            BLOCK_T,
-        )
+        finish(b_acc, i_n, o_t, num_rows, epilogue, N, K, BLOCK_N, BLOCK_T)
 
 
 def persistent_config(weight: Tensor) -> LaunchConfig:
@@ -162,9 +134,8 @@ def linear_persistent(
             TMA=tma,
             UPCAST=x.device.type == "cpu",
             **launch_arguments(x, weight, fusion, output),
-            enable_fp_fusion=False,  # a + b * c rounds alike whatever the layout of a tile
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            **config.options,
+            **UNFUSED,
         )
     return output
 

@@ -12,6 +12,8 @@ of the matrix where threads would compute an address for each 16 bytes. It needs
 multiples of 16 bytes. The bits are the same with and without.
 """
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -22,6 +24,25 @@ from millrace.kernels.matmul_fused import Fusion, LinearOutput
 
 TMA_ALIGN = 16  # bytes
 TMA_SINCE = (9, 0)  # compute capability
+
+
+class Epilogue(NamedTuple):
+    """Where a product's result goes and what is folded into it: one argument of each kernel.
+
+    A launch fills it with values, `aot/` with the names of their types. None: not there, and then
+    nothing that would need it is compiled.
+    """
+
+    eps: Any  # float
+    p_y: Any  # [T, N], or [T, N / 2]
+    p_bias: Any  # [N] or None
+    p_norm_squares: Any  # f32 [T, NORM_TILES] or None
+    p_residual: Any  # [T, N] or None
+    p_gamma: Any  # [N] or None
+    p_scaled: Any  # [T, N] or None
+    p_squares: Any  # f32 [T, tiles] or None
+    NORM_TILES: tl.constexpr
+    SILU_MUL: tl.constexpr
 
 
 @triton.jit
@@ -135,18 +156,9 @@ def finish(
     i_tile,
     o_t,  # rows of x, [BLOCK_T]
     num_rows,
-    eps,
-    p_y,  # [T, N], or [T, N / 2]
-    p_bias,  # [N] or None
-    p_norm_squares,  # f32 [T, NORM_TILES] or None
-    p_residual,  # [T, N] or None
-    p_gamma,  # [N] or None
-    p_scaled,  # [T, N] or None
-    p_squares,  # f32 [T, tiles] or None
+    epilogue,  # an `Epilogue`
     N: tl.constexpr,
     K: tl.constexpr,
-    NORM_TILES: tl.constexpr,
-    SILU_MUL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
@@ -154,30 +166,32 @@ def finish(
     o_n = i_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     m_n, m_t = o_n < N, o_t < num_rows
     o_t = o_t.to(tl.int64)
-    if p_norm_squares is not None:
-        b_acc *= inverse_rms(p_norm_squares, o_t, m_t, eps, K, NORM_TILES, BLOCK_T)[None, :]
-    if p_bias is not None:
-        b_acc += tl.load(p_bias + o_n, mask=m_n, other=0.0).to(tl.float32)[:, None]
+    if epilogue.p_norm_squares is not None:
+        p_norm, eps = epilogue.p_norm_squares, epilogue.eps
+        b_inverse = inverse_rms(p_norm, o_t, m_t, eps, K, epilogue.NORM_TILES, BLOCK_T)
+        b_acc *= b_inverse[None, :]
+    if epilogue.p_bias is not None:
+        b_acc += tl.load(epilogue.p_bias + o_n, mask=m_n, other=0.0).to(tl.float32)[:, None]
     b_y = tl.trans(b_acc)  # [BLOCK_T, BLOCK_N]
-    if SILU_MUL:
+    if epilogue.SILU_MUL:
         gate, up = tl.split(tl.reshape(b_y, (BLOCK_T, BLOCK_N // 2, 2)))
         o_f = i_tile * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
-        b_f = (gate * tl.sigmoid(gate) * up).to(p_y.dtype.element_ty)
+        b_f = (gate * tl.sigmoid(gate) * up).to(epilogue.p_y.dtype.element_ty)
         m_f = m_t[:, None] & (o_f < N // 2)[None, :]
-        tl.store(p_y + o_t[:, None] * (N // 2) + o_f[None, :], b_f, mask=m_f)
+        tl.store(epilogue.p_y + o_t[:, None] * (N // 2) + o_f[None, :], b_f, mask=m_f)
     else:
         m_y = m_t[:, None] & m_n[None, :]
         o_y = o_t[:, None] * N + o_n[None, :]
-        if p_residual is not None:
-            b_y += tl.load(p_residual + o_y, mask=m_y, other=0.0).to(tl.float32)
-        b_written = b_y.to(p_y.dtype.element_ty)
-        tl.store(p_y + o_y, b_written, mask=m_y)
-        if p_residual is not None:
+        if epilogue.p_residual is not None:
+            b_y += tl.load(epilogue.p_residual + o_y, mask=m_y, other=0.0).to(tl.float32)
+        b_written = b_y.to(epilogue.p_y.dtype.element_ty)
+        tl.store(epilogue.p_y + o_y, b_written, mask=m_y)
+        if epilogue.p_residual is not None:
             b_y = tl.where(m_y, b_written.to(tl.float32), 0.0)
-            b_gamma = tl.load(p_gamma + o_n, mask=m_n, other=0.0).to(tl.float32)
-            b_scaled = (b_y * b_gamma[None, :]).to(p_scaled.dtype.element_ty)
-            tl.store(p_scaled + o_y, b_scaled, mask=m_y)
-            p_square = p_squares + o_t * tl.cdiv(N, BLOCK_N) + i_tile
+            b_gamma = tl.load(epilogue.p_gamma + o_n, mask=m_n, other=0.0).to(tl.float32)
+            b_scaled = (b_y * b_gamma[None, :]).to(epilogue.p_scaled.dtype.element_ty)
+            tl.store(epilogue.p_scaled + o_y, b_scaled, mask=m_y)
+            p_square = epilogue.p_squares + o_t * tl.cdiv(N, BLOCK_N) + i_tile
             tl.store(p_square, ordered_sum(b_y * b_y, BLOCK_T, BLOCK_N), mask=m_t)
 
 
@@ -193,7 +207,7 @@ def empty_output(x: Tensor, weight: Tensor, fusion: Fusion, block_n: int) -> Lin
 
 def launch_arguments(
     x: Tensor, weight: Tensor, fusion: Fusion, output: LinearOutput
-) -> dict[str, Tensor | int | float | None]:
+) -> dict[str, int | Epilogue]:
     """What each of the kernels takes under the same name: the sizes, and what `finish` needs."""
     norm = fusion.norm
     return {
@@ -201,16 +215,18 @@ def launch_arguments(
         "stride_x": x.stride(0),
         "N": weight.shape[0],
         "K": weight.shape[1],
-        "eps": 0.0 if norm is None else norm.eps,
-        "p_y": output.y,
-        "p_bias": fusion.bias,
-        "p_norm_squares": None if norm is None else norm.squares,
-        "p_residual": fusion.residual,
-        "p_gamma": fusion.gamma,
-        "p_scaled": output.scaled,
-        "p_squares": output.squares,
-        "NORM_TILES": 1 if norm is None else norm.squares.shape[1],
-        "SILU_MUL": fusion.silu_mul,
+        "epilogue": Epilogue(
+            eps=0.0 if norm is None else norm.eps,
+            p_y=output.y,
+            p_bias=fusion.bias,
+            p_norm_squares=None if norm is None else norm.squares,
+            p_residual=fusion.residual,
+            p_gamma=fusion.gamma,
+            p_scaled=output.scaled,
+            p_squares=output.squares,
+            NORM_TILES=tl.constexpr(1 if norm is None else norm.squares.shape[1]),
+            SILU_MUL=tl.constexpr(fusion.silu_mul),
+        ),
     }
 
 

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from millrace.kernels.configs import LaunchConfig
+from millrace.kernels.configs import UNFUSED, LaunchConfig
 from millrace.kernels.matmul_fused import PLAIN, Fusion, LinearOutput, check_linear
 from millrace.kernels.matmul_plan import MAX_ROWS, decode_config, split_length
 from millrace.kernels.matmul_tile_triton import (
@@ -45,22 +45,13 @@ def decode_kernel(
     weight,  # [N, K], or its descriptor
     p_partial,  # f32 [tiles, SPLITS, BLOCK_N, BLOCK_T]
     p_tickets,  # i32 [tiles], zero before and after
-    p_y,
-    p_bias,
-    p_norm_squares,
-    p_residual,
-    p_gamma,
-    p_scaled,
-    p_squares,
+    epilogue,
     num_rows,
     stride_x,
-    eps,
     N: tl.constexpr,
     K: tl.constexpr,
     SPLITS: tl.constexpr,
     SPLIT_LENGTH: tl.constexpr,
-    NORM_TILES: tl.constexpr,
-    SILU_MUL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -98,26 +89,7 @@ def decode_kernel(
         b_acc = tl.load(p_part, cache_modifier=".cg")
         for i_other in tl.static_range(1, SPLITS):
             b_acc += tl.load(p_part + i_other * (BLOCK_N * BLOCK_T), cache_modifier=".cg")
-    finish(
-        b_acc,
-        i_tile,
-        o_t,
-        num_rows,
-        eps,
-        p_y,
-        p_bias,
-        p_norm_squares,
-        p_residual,
-        p_gamma,
-        p_scaled,
-        p_squares,
-        N,
-        K,
-        NORM_TILES,
-        SILU_MUL,
-        BLOCK_N,
-        BLOCK_T,
-    )
+    finish(b_acc, i_tile, o_t, num_rows, epilogue, N, K, BLOCK_N, BLOCK_T)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +126,12 @@ class Workspace:
                 f"workspace: expected at least {partial} partial sums and {tickets} tickets, "
                 f"got {self.partial.numel()} and {self.tickets.numel()}"
             )
+
+
+def decode_options(config: LaunchConfig, block_t: int) -> dict[str, int]:
+    """How a product with tiles of `block_t` rows of x is launched, and all that has its bits."""
+    stages = min(config.num_stages, WIDE_STAGES) if block_t > 32 else config.num_stages
+    return {"num_warps": config.num_warps, "num_stages": stages, **UNFUSED}
 
 
 def linear_decode(
@@ -197,9 +175,7 @@ def linear_decode(
         TMA=tma,
         UPCAST=x.device.type == "cpu",
         **launch_arguments(x, weight, fusion, output),
-        enable_fp_fusion=False,  # a + b * c rounds alike whatever the layout of a tile
-        num_warps=config.num_warps,
-        num_stages=min(config.num_stages, WIDE_STAGES) if block_t > 32 else config.num_stages,
+        **decode_options(config, block_t),
         **({"launch_pdl": True} if constants["PDL"] else {}),
     )
     return output

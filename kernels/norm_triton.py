@@ -115,8 +115,7 @@ def _launch(
         HIDDEN=hidden,
         BLOCK_E=triton.next_power_of_2(hidden),
         ADD=residual is not None,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.options,
         **config.constants,
     )
     return y, new_residual

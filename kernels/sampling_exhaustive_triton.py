@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from millrace.kernels.configs import UNFUSED
 from millrace.kernels.edits_triton import NO_XTC, filters_of, scaled_logits, temperature_factors
 from millrace.kernels.order_triton import (
     NO_ID,
@@ -33,7 +34,7 @@ from millrace.kernels.sampling_filters_triton import (
     weighted_distance,
 )
 
-EXHAUST_WARPS = 16
+EXHAUST_OPTIONS = {"num_warps": 16, **UNFUSED}
 SWEEP = 4096
 """Tokens of a sweep's step."""
 

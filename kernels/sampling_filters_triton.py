@@ -53,6 +53,15 @@ GATHER_PARTS, PART_GROUPS = 16, 64  # a part is one program's share
 LISTED_GROUPS = GATHER_PARTS * PART_GROUPS
 """Groups that are gathered from; a row of more has more than CAPACITY candidates for sure."""
 
+
+def bound_options(tiles: int, amd: bool = torch.version.hip is not None) -> dict[str, int]:
+    """As many warps as hold the group maxima of `tiles` tiles, a power of two, without a spill.
+
+    AMD's have 64 lanes, so that half as many have as many registers.
+    """
+    return {"num_warps": 8 if tiles <= 32 or amd else 16}
+
+
 _GROUP = tl.constexpr(GROUP)
 _GROUPS = tl.constexpr(GROUPS_PER_TILE)
 _CAPACITY = tl.constexpr(CAPACITY)

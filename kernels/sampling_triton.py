@@ -37,6 +37,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from millrace.kernels.configs import UNFUSED
 from millrace.kernels.edits_triton import (
     edited_logits,
     is_filtered,
@@ -48,7 +49,7 @@ from millrace.kernels.rng import CALLS_PER_TILE, TILE
 from millrace.kernels.rng_triton import gumbel_tile
 from millrace.kernels.rows_triton import LOGPROBS, TOP_N_SIGMA, asked, row_at, rows_of
 from millrace.kernels.sampling import SampledTokens, SweepNotes, check_inputs
-from millrace.kernels.sampling_exhaustive_triton import EXHAUST_WARPS, exhaust_kernel
+from millrace.kernels.sampling_exhaustive_triton import EXHAUST_OPTIONS, exhaust_kernel
 from millrace.kernels.sampling_filters_triton import (
     GATHER_PARTS,
     GROUP,
@@ -57,6 +58,7 @@ from millrace.kernels.sampling_filters_triton import (
     LISTED_GROUPS,
     PART_GROUPS,
     bound_kernel,
+    bound_options,
     finish_kernel,
     gather_kernel,
     mass_of,
@@ -77,15 +79,13 @@ MAX_VOCAB = 1 << 19
 FLAT_PROGRAMS = 528
 """Programs that share the tiles of the flat rows, however many there are: a grid must be known
 before the rows are. Four for each multiprocessor of an H100."""
-STATS_WARPS, SCORED_WARPS, GATHER_WARPS, FINISH_WARPS = 8, 16, 4, 4
-FLAT_WARPS, BRACKET_WARPS, SETTLE_WARPS = 8, 16, 16
+STATS_OPTIONS, SCORED_OPTIONS = {"num_warps": 8, **UNFUSED}, {"num_warps": 16, **UNFUSED}
+GATHER_OPTIONS = FINISH_OPTIONS = {"num_warps": 4, **UNFUSED}
+FLAT_OPTIONS = {"num_warps": 8, **UNFUSED}
+BRACKET_OPTIONS = {"num_warps": 16}
+SETTLE_OPTIONS = {"num_warps": 16, **UNFUSED}
 """Warps per program: what compiles for every target without a spill, and no more; of the scored
 sweep twice that, as eight take registers that would leave a multiprocessor half empty."""
-
-
-def bound_warps(tiles: int) -> int:
-    """Warps that hold the group maxima of `tiles` tiles (a power of two) without a spill."""
-    return 8 if tiles <= 32 else 16
 
 
 _TILE = tl.constexpr(TILE)
@@ -299,8 +299,7 @@ class _Launch:
             *(self.inputs, s.maxima, s.masses, s.least, s.moments, s.best, s.best_id),
             *(notes.maxima, notes.best, notes.mass, self.tiles),
             SCORED=self.scored,
-            num_warps=SCORED_WARPS if self.scored else STATS_WARPS,
-            enable_fp_fusion=False,
+            **(SCORED_OPTIONS if self.scored else STATS_OPTIONS),
         )
 
     def short_lists(self) -> None:
@@ -308,13 +307,12 @@ class _Launch:
         bound_kernel[(self.rows,)](
             *(self.inputs, s.maxima, s.masses, s.moments, s.best, s.floor, s.bound, s.total),
             *(s.groups, s.num_groups, s.count, s.flat, self.tiles, self.padded),
-            num_warps=bound_warps(self.padded),
+            **bound_options(self.padded),
         )
         parts = min(GATHER_PARTS, self.tiles * GROUPS_PER_TILE // PART_GROUPS)
         gather_kernel[(self.rows, parts)](
             *(self.inputs, s.bound, s.groups, s.num_groups, s.count, s.keys),
-            num_warps=GATHER_WARPS,
-            enable_fp_fusion=False,
+            **GATHER_OPTIONS,
         )
 
     def finish(self) -> None:
@@ -323,36 +321,31 @@ class _Launch:
             *(self.inputs, s.best, s.best_id, s.least, s.floor, s.bound, s.total, s.count, s.keys),
             *(self.ok, *self.answer, s.flat, s.span, s.bins, s.sums, self.tiles, self.padded),
             *(BINS, SUMS),
-            num_warps=FINISH_WARPS,
-            enable_fp_fusion=False,
+            **FINISH_OPTIONS,
         )
 
     def flat_rows(self) -> None:
         s, few = self.scratch, min(FLAT_PROGRAMS, self.rows * self.tiles)
         count_kernel[(few,)](
             *(self.inputs, s.best, s.bound, s.flat, s.span, s.bins, self.tiles),
-            num_warps=FLAT_WARPS,
-            enable_fp_fusion=False,
+            **FLAT_OPTIONS,
         )
         bracket_kernel[(self.rows,)](
             *(self.inputs, s.bound, s.total, s.count, s.flat, s.span, s.bins, s.fates, s.sums),
-            num_warps=BRACKET_WARPS,
+            **BRACKET_OPTIONS,
         )
         certain = (s.certain_score, s.certain_id, s.certain_low, s.certain_top)
         sift_kernel[(few,)](
             *(self.inputs, s.bound, s.count, s.keys, s.flat, s.span, s.fates, s.sums, *certain),
             self.tiles,
-            num_warps=FLAT_WARPS,
-            enable_fp_fusion=False,
+            **FLAT_OPTIONS,
         )
         settle_kernel[(self.rows,)](
             *(self.inputs, s.total, s.count, s.keys, s.flat, s.span, s.sums, *certain),
             *(*self.answer, self.tiles, self.padded),
-            num_warps=SETTLE_WARPS,
-            enable_fp_fusion=False,
+            **SETTLE_OPTIONS,
         )
         exhaust_kernel[(self.rows,)](
             *(self.inputs, s.bound, s.total, s.count, s.flat, s.span, *self.answer),
-            num_warps=EXHAUST_WARPS,
-            enable_fp_fusion=False,
+            **EXHAUST_OPTIONS,
         )

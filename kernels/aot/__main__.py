@@ -12,7 +12,7 @@ def row(spec: KernelSpec) -> str:
             continue
         made = compile_spec(spec, target)
         cells.append(f"{made.registers} / {made.spills} / {made.shared / 1024:.1f}")
-    return f"| {spec.name} | {spec.num_warps} | " + " | ".join(cells) + " |"
+    return f"| {spec.name} | {spec.options['num_warps']} | " + " | ".join(cells) + " |"
 
 
 def main() -> None:

@@ -15,8 +15,7 @@ def _spec(name: str, ffn: int, gelu: bool, interleaved: bool = False) -> KernelS
         activation.gated_kernel,
         TYPES,
         {"FFN": ffn, "GELU": gelu, "INTERLEAVED": interleaved, **config.constants},
-        config.num_warps,
-        config.num_stages,
+        config.options,
         aligned=("stride_gate_up",),
     )
 

@@ -6,6 +6,7 @@ import triton
 from millrace.kernels import append_attention_triton, attention_triton
 from millrace.kernels.aot import attention, kv_append
 from millrace.kernels.aot.compiler import KernelSpec
+from millrace.kernels.configs import UNFUSED
 
 
 def _spec(name: str, targets: tuple[str, ...], group: int, norm: bool) -> KernelSpec:
@@ -35,8 +36,7 @@ def _spec(name: str, targets: tuple[str, ...], group: int, norm: bool) -> Kernel
         kernel,
         {argument: types.get(argument, "*fp32") for argument in kernel.arg_names},
         constants,
-        launch.num_warps,
-        launch.num_stages,
+        {**launch.options, **UNFUSED},
         ("stride_qkv", "stride_cos_sin"),
         targets,
     )

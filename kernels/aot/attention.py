@@ -5,6 +5,7 @@ import triton
 
 from millrace.kernels import attention_decode_triton, attention_triton
 from millrace.kernels.aot.compiler import KernelSpec
+from millrace.kernels.configs import UNFUSED
 
 TYPES = {  # of the arguments that are not *fp32
     "p_q": "*bf16",
@@ -72,8 +73,7 @@ def _attention(
         attention_triton.attention_kernel,
         types,
         constants,
-        launch.num_warps,
-        launch.num_stages,
+        {**launch.options, **UNFUSED},
         ("stride_q_token", "stride_q_head"),
         targets,
     )
@@ -94,7 +94,7 @@ def _merge(head_dim: int) -> KernelSpec:
             "WINDOW": 0,
             "UNROLL": attention_triton.MERGE_UNROLL,
         },
-        attention_triton.MERGE_WARPS,
+        attention_triton.MERGE_OPTIONS,
     )
 
 

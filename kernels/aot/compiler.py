@@ -17,10 +17,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-ArgumentType = str | tuple[str, ...]
-"""Triton's name of a type ("*bf16", "i32"), or those of the parts of a tuple."""
 ALIGNED = [["tt.divisibility", 16]]
 """What Triton knows of a pointer that PyTorch allocated, or of an integer that 16 divides."""
+LISTS_CONSTANTS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
+"""Whether a launch says of constants, too, that nothing is known: since Triton 3.7 it does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,17 +47,18 @@ TARGETS = {
 class KernelSpec:
     """A kernel with one signature that it is launched with.
 
-    `types` maps arguments to their types; a tuple may be a named one. Arguments in `constants` are
-    constexpr, or were specialised to that value (an integer 1, a None). `aligned` names integers
-    that 16 divides at every launch; pointers always are aligned.
+    `types` maps arguments to Triton's names of types ("*bf16", "i32"); of a named tuple, to one of
+    its members' types and, where a member is a constant, its value. Arguments in `constants` are
+    constexpr, or were specialised to that value (an integer 1, a None). `options` are the launch's
+    own, by the constants and functions that it takes them from. `aligned` names integers that 16
+    divides at every launch; pointers always are aligned.
     """
 
     name: str  # as in docs/kernels.md
     kernel: Any  # the triton.JITFunction
-    types: Mapping[str, ArgumentType]
+    types: Mapping[str, Any]
     constants: Mapping[str, Any] = field(default_factory=dict)
-    num_warps: int = 4
-    num_stages: int = 3
+    options: Mapping[str, int] = field(default_factory=dict)  # num_warps and others
     aligned: tuple[str, ...] = ()
     targets: tuple[str, ...] = tuple(TARGETS)
 
@@ -78,15 +79,9 @@ def compile_spec(spec: KernelSpec, target: Target) -> CompiledKernel:
     missing = [name for name in names if name not in spec.types and name not in spec.constants]
     if missing:
         raise ValueError(f"{spec.name}: no type for {', '.join(missing)}")
-    types = {n: "constexpr" if n in spec.constants else spec.types[n] for n in names}
-    source = ASTSource(
-        spec.kernel,
-        types,
-        constexprs={(names.index(n),): value for n, value in spec.constants.items() if n in names},
-        attrs=_attributes(spec, types),
-    )
-    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
-    compiled = triton.compile(source, target=target.gpu, options=options)
+    types = {n: "constexpr" if n in spec.constants else _type(spec.types[n]) for n in names}
+    source = ASTSource(spec.kernel, types, _constants(spec), _attributes(spec, types))
+    compiled = triton.compile(source, target=target.gpu, options=dict(spec.options))
     shared = compiled.metadata.shared
     if "amdgcn" in compiled.asm:
         text = compiled.asm["amdgcn"]
@@ -99,27 +94,44 @@ def compile_spec(spec: KernelSpec, target: Target) -> CompiledKernel:
     return CompiledKernel(registers, spills, shared, compiled.asm["ptx"])
 
 
-def _attributes(
-    spec: KernelSpec, types: Mapping[str, ArgumentType]
-) -> dict[tuple[int, ...], list[list[Any]]]:
+def _type(kind: Any) -> Any:
+    """As a launch spells it: a constant in a tuple has a type as well."""
+    if isinstance(kind, str):
+        return kind
+    return type(kind)(*(k if isinstance(k, str) else "constexpr" for k in kind))
+
+
+def _constants(spec: KernelSpec) -> dict[tuple[int, ...], Any]:
+    """The place of each constant, in the arguments or in one that is a tuple, and its value."""
+    found: dict[tuple[int, ...], Any] = {}
+    for i_argument, name in enumerate(spec.kernel.arg_names):
+        if name in spec.constants:
+            found[(i_argument,)] = spec.constants[name]
+        elif isinstance(spec.types[name], tuple):
+            members = enumerate(spec.types[name])
+            found |= {(i_argument, i): k for i, k in members if not isinstance(k, str)}
+    return found
+
+
+def _attributes(spec: KernelSpec, types: Mapping[str, Any]) -> dict[tuple[int, ...], Any]:
     """What is known of each argument, spelt as a launch spells it: it is part of the cache's key.
 
     So a launch with this signature on such a GPU finds what was compiled here. A key is the
     argument's place, and of a tuple's part also its place in there.
     """
-    found: dict[tuple[int, ...], list[list[Any]]] = {}
+    found: dict[tuple[int, ...], Any] = {}
     for i_argument, param in enumerate(spec.kernel.params):
         kind = types[param.name]
-        parts = (
-            {(i_argument,): kind}
-            if isinstance(kind, str)
-            else {(i_argument, i_part): part for i_part, part in enumerate(kind)}
-        )
-        for place, part in parts.items():
-            if part.startswith("*") or param.name in spec.aligned:
-                found[place] = ALIGNED
-            elif part == "constexpr" or (part.startswith("i") and not param.do_not_specialize):
-                found[place] = []
+        if isinstance(kind, tuple):
+            known = {"*": ALIGNED, "i": []}  # of pointers and of integers
+            places = {(i_argument, i): member[0] for i, member in enumerate(kind)}
+            found |= {place: known[first] for place, first in places.items() if first in known}
+        elif kind.startswith("*") or param.name in spec.aligned:
+            found[(i_argument,)] = ALIGNED
+        elif kind == "constexpr":
+            found |= {(i_argument,): []} if LISTS_CONSTANTS else {}
+        elif kind.startswith("i") and not param.do_not_specialize:
+            found[(i_argument,)] = []
     return found
 
 

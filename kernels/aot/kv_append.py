@@ -49,8 +49,7 @@ def _spec(
         kv_append.kv_append_kernel,
         TYPES | cache,
         constants,
-        config.num_warps,
-        config.num_stages,
+        config.options,
         aligned=("stride_qkv", "stride_cos_sin"),
     )
 

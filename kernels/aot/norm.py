@@ -34,8 +34,7 @@ def _spec(hidden: int, add: bool) -> KernelSpec:
         norm.rms_norm_kernel,
         TYPES,
         constants,
-        config.num_warps,
-        config.num_stages,
+        config.options,
         aligned=("stride_x", "stride_residual"),
     )
 

@@ -1,6 +1,7 @@
 """The signatures with which sampling and logprobs are launched."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from millrace.kernels import (
@@ -10,7 +11,7 @@ from millrace.kernels import (
     sampling_flat_triton,
     sampling_triton,
 )
-from millrace.kernels.aot.compiler import ArgumentType, KernelSpec
+from millrace.kernels.aot.compiler import KernelSpec
 from millrace.kernels.rows_triton import Rows
 
 ROWS = Rows(
@@ -31,7 +32,7 @@ ROWS = Rows(
     stride_logits="i32",
     vocab="i32",
 )
-TYPES: dict[str, ArgumentType] = {  # of the arguments that are not *fp32
+TYPES: dict[str, Any] = {  # of the arguments that are not *fp32
     "rows": ROWS,
     "p_logits": "*bf16",
     "p_mass": "*i64",
@@ -60,11 +61,12 @@ TYPES: dict[str, ArgumentType] = {  # of the arguments that are not *fp32
     "vocab": "i32",
     "num_top": "i32",
 }
+CUDA, AMD = ("sm_80", "sm_90", "sm_100"), ("gfx942",)
 
 
-def _spec(name: str, kernel: Any, num_warps: int, **constants: Any) -> KernelSpec:
-    types: Mapping[str, ArgumentType] = {n: TYPES.get(n, "*fp32") for n in kernel.arg_names}
-    return KernelSpec(name, kernel, types, constants, num_warps)
+def _spec(name: str, kernel: Any, options: Mapping[str, int], **constants: Any) -> KernelSpec:
+    types: Mapping[str, Any] = {n: TYPES.get(n, "*fp32") for n in kernel.arg_names}
+    return KernelSpec(name, kernel, types, constants, options)
 
 
 def _specs(prefix: str, tiles: int, keys: int) -> tuple[KernelSpec, ...]:
@@ -74,27 +76,37 @@ def _specs(prefix: str, tiles: int, keys: int) -> tuple[KernelSpec, ...]:
     one = {"tiles": 1} if tiles == 1 else {}
     padded = {"TILES": tiles} | one
     sizes = {"BINS": flat.BINS, "SUMS": flat.SUMS}
-    kernels: tuple[tuple[str, Any, int, dict[str, Any]], ...] = (
-        ("stats", sampling.stats_kernel, sampling.STATS_WARPS, {"SCORED": False} | one),
-        ("stats, scored", sampling.stats_kernel, sampling.SCORED_WARPS, {"SCORED": True} | one),
-        ("bound", filters.bound_kernel, sampling.bound_warps(tiles), padded),
-        ("gather", filters.gather_kernel, sampling.GATHER_WARPS, {}),
-        ("finish", filters.finish_kernel, sampling.FINISH_WARPS, sizes | padded),
-        ("count", flat.count_kernel, sampling.FLAT_WARPS, one),
-        ("bracket", flat.bracket_kernel, sampling.BRACKET_WARPS, {}),
-        ("sift", flat.sift_kernel, sampling.FLAT_WARPS, one),
-        ("settle", flat.settle_kernel, sampling.SETTLE_WARPS, padded),
-        ("exhaust", last.exhaust_kernel, last.EXHAUST_WARPS, {}),
-        ("raw tile", logprobs.raw_tile_kernel, logprobs.WARPS, one),
-        ("pick", logprobs.pick_kernel, logprobs.pick_warps(tiles), padded),
-        ("part", logprobs.part_kernel, logprobs.PART_WARPS, one),
-        ("merge", logprobs.merge_kernel, logprobs.WARPS, {"KEYS": keys} | padded),
+    kernels: tuple[tuple[str, Any, dict[str, int], dict[str, Any]], ...] = (
+        ("stats", sampling.stats_kernel, sampling.STATS_OPTIONS, {"SCORED": False} | one),
+        ("stats, scored", sampling.stats_kernel, sampling.SCORED_OPTIONS, {"SCORED": True} | one),
+        ("gather", filters.gather_kernel, sampling.GATHER_OPTIONS, {}),
+        ("finish", filters.finish_kernel, sampling.FINISH_OPTIONS, sizes | padded),
+        ("count", flat.count_kernel, sampling.FLAT_OPTIONS, one),
+        ("bracket", flat.bracket_kernel, sampling.BRACKET_OPTIONS, {}),
+        ("sift", flat.sift_kernel, sampling.FLAT_OPTIONS, one),
+        ("settle", flat.settle_kernel, sampling.SETTLE_OPTIONS, padded),
+        ("exhaust", last.exhaust_kernel, last.EXHAUST_OPTIONS, {}),
+        ("raw tile", logprobs.raw_tile_kernel, logprobs.OPTIONS, one),
+        ("part", logprobs.part_kernel, logprobs.PART_OPTIONS, one),
+        ("merge", logprobs.merge_kernel, logprobs.OPTIONS, {"KEYS": keys} | padded),
     )
-    return tuple(
-        _spec(f"{prefix} {name}", kernel, warps, **constants)
-        for name, kernel, warps, constants in kernels
+    everywhere = (
+        _spec(f"{prefix} {name}", kernel, options, **constants)
+        for name, kernel, options, constants in kernels
         if tiles > 1 or "tiles" in constants  # else nothing is specialised
     )
+    return (*everywhere, *_by_vendor(prefix, padded))
+
+
+def _by_vendor(prefix: str, padded: Mapping[str, int]) -> Iterator[KernelSpec]:
+    """Those whose warps hold a row's group maxima: of a warp, AMD's registers are twice as many."""
+    for amd, targets, vendor in ((False, CUDA, ""), (True, AMD, " AMD")):
+        options = sampling_filters_triton.bound_options(padded["TILES"], amd)
+        bound = _spec(f"{prefix} bound", sampling_filters_triton.bound_kernel, options, **padded)
+        options = logprobs_triton.pick_options(padded["TILES"], amd)
+        pick = _spec(f"{prefix} pick", logprobs_triton.pick_kernel, options, **padded)
+        for spec in (bound, pick):
+            yield replace(spec, name=spec.name + vendor, targets=targets)
 
 
 SPECS = (*_specs("sampling", tiles=64, keys=4096), *_specs("sampling, one tile,", 1, keys=32))

@@ -62,6 +62,7 @@ EPS = 1e-5
 DECODE_GOAL = 0.93
 GEMV = "millrace GEMV"
 VENDOR = "cuBLAS"
+PREFILL = "persistent matmul"  # the kernel of the prefill cases
 
 Form = Callable[[Tensor, Tensor, Fusion], LinearOutput]
 
@@ -123,7 +124,7 @@ def _prefill(layer: str, shape: tuple[int, int], rows: int, device: torch.device
     n, k = shape
     make = partial(_inputs, "", rows, n, k, device)
     return Case(
-        kernel="persistent matmul",
+        kernel=PREFILL,
         name=f"{layer} {n} x {k}, {rows} rows",
         bytes=(n * k + rows * k + rows * n) * DTYPE.itemsize,
         flops=2 * rows * n * k,

@@ -41,15 +41,20 @@ Times = Mapping[int, Mapping[str, float]]
 
 def main() -> int:
     options = _options()
-    found = load(options.results.parent, options.results.stem)
+    write(options.results, options.file)
+    return 0
+
+
+def write(results: Path, file: Path) -> None:
+    """MAX_ROWS into `file` from the suite's matmul.json; SystemExit where that is not there."""
+    found = load(results.parent, results.stem)
     if found is None:
-        raise SystemExit(f"{options.results}: there is no such file")
-    text, device = options.file.read_text(), str(found.environment["device"])
+        raise SystemExit(f"{results}: there is no such file")
+    text, device = file.read_text(), str(found.environment["device"])
     for op, key, row in chosen(found.rows, json.loads(text).get(device, {})):
         text = with_row(text, device, op, key, row)
         print(f"{device}: {op} {key}: up to {row['constants']['MAX_ROWS']} rows")
-    options.file.write_text(text)
-    return 0
+    file.write_text(text)
 
 
 def _options() -> argparse.Namespace:

@@ -37,7 +37,7 @@ def test_the_page_on_kernels_has_a_row_for_each():
 
 def test_the_count_notices_a_tile_too_large_for_its_registers():
     spec = SPECS[0]
-    crowded = replace(spec, constants={**spec.constants, "BLOCK_M": 64}, num_warps=1)
+    crowded = replace(spec, constants={**spec.constants, "BLOCK_M": 64}, options={"num_warps": 1})
     assert compile_spec(crowded, TARGETS["sm_90"]).spills > 0
 
 

@@ -38,7 +38,8 @@ def test_a_link_touches_nothing_but_its_weight_s_way_to_the_cache_before_it_wait
     constants |= {"EARLY": early, "PREFETCH": PREFETCHED, "UNROLL": link_triton.UNROLL}
     constants["DECAY"] = link_triton.DECAY
     types = {"p_weight": "*bf16", "p_state": "*fp32"}
-    spec = KernelSpec("link", link_triton.link_kernel, types, constants, link_triton.NUM_WARPS)
+    options = {"num_warps": link_triton.NUM_WARPS, "launch_pdl": True}
+    spec = KernelSpec("link", link_triton.link_kernel, types, constants, options)
     made = compile_spec(spec, TARGETS["sm_90"])
     before, wait, after = made.assembly.partition("griddepcontrol.wait")
     assert wait and "prefetch.global.L2" in before

@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from millrace.kernels import configs
-from millrace.kernels.fused_model import NOT_MEASURED
+from millrace.kernels.fused_model import NOT_MEASURED, fuse
 from millrace.kernels.linear_choice import LinearChoice, choose_linear
 from millrace.kernels.matmul_plan import decode_config
 from millrace.perf.kernels import bench_head
@@ -77,8 +77,9 @@ def test_what_was_tuned_stays_and_the_kernels_read_the_choice(tmp_path, monkeypa
     tuned["constants"] = {"BLOCK_N": 128, "BLOCK_K": 64, "SPLITS": 1, "PDL": 1, "TMA": 0}
     text = with_row("{}", "NVIDIA H200", "linear_decode", KEY, tuned)
     times = {1: at(5, 9, 4), 16: at(5.123, 9), 64: at(9, 8)}
+    drawn = rows_of({1: at(5, 9), 4: at(5, 9), 16: at(9, 5)}, kernel=bench_head.KERNEL)
     table = json.loads(text)["NVIDIA H200"]
-    for op, key, row in chosen(rows_of(times), table):
+    for op, key, row in chosen(rows_of(times) + drawn, table):
         text = with_row(text, "NVIDIA H200", op, key, row)
     written = json.loads(text)["NVIDIA H200"]
     assert written["linear_decode"][KEY]["constants"] == {**tuned["constants"], "MAX_ROWS": 16}
@@ -92,11 +93,13 @@ def test_what_was_tuned_stays_and_the_kernels_read_the_choice(tmp_path, monkeypa
             return default
         return configs.LaunchConfig(row["num_warps"], row["num_stages"], row["constants"])
 
-    for module in ("gemv_triton", "matmul_plan"):
+    for module in ("gemv_triton", "matmul_plan", "fused_model"):
         monkeypatch.setattr(f"millrace.kernels.{module}.launch_config", read)
     weight = torch.empty(N, K, dtype=torch.bfloat16)
     assert choose_linear(weight) == LinearChoice(gemv_rows=1, decode_rows=16, persistent=False)
     assert decode_config(weight).num_warps == 8
+    model = fuse([weight], weight)
+    assert (model.linears[0].triton_rows, model.head.draw_rows) == (16, 4)
 
 
 def test_what_the_model_falls_back_to_is_the_key_that_is_written():

@@ -168,7 +168,7 @@ def test_any_valid_upper_bound_of_lengths_gives_the_same_bits(attention_case):
 # ---------------------------------------------------------------- scratch
 
 
-@pytest.mark.parametrize("capacity", [1, 4])
+@pytest.mark.parametrize("capacity", [1, 2, 4])
 def test_rows_whose_splits_find_no_room_have_the_same_bits(attention_case, monkeypatch, capacity):
     """Of 2, 1, 2 and 3 splits: the first rows fit, and one program does each of the others."""
     shape = {"heads": 1, "kv_heads": 1, "head_dim": 16, "dtype": torch.float16}
@@ -291,7 +291,7 @@ def test_a_prompt_has_the_same_bits_in_chunks_as_whole(prompt, size, window, sof
 
 @pytest.mark.parametrize(
     ("dtype", "window", "softcap"),
-    [(torch.float16, None, None), (torch.bfloat16, 50, 2.0)],
+    [(torch.float16, None, None), (torch.bfloat16, 50, 2.0), (torch.float32, None, None)],
     ids=str,
 )
 def test_a_position_has_the_same_bits_decoded_as_prefilled(prompt, dtype, window, softcap):
