@@ -53,11 +53,13 @@ def kept_tokens(logits: Tensor, filters: Filters) -> Tensor:
     best = values[0]
     ids = ids[values > -math.inf]
     if filters.top_n_sigma > 0.0:
-        ids = ids[logits[ids] >= n_sigma_bound(logits[ids], best, filters.top_n_sigma)]
+        ids = ids[logits[ids] >= n_sigma_bound(logits, best, filters.top_n_sigma)]
     if filters.top_k > 0:
         ids = ids[: filters.top_k]
     if filters.typical_p < 1.0:
-        ids = ids[_typical(logits[ids], best, filters.typical_p)]
+        total, expected = mass_and_expected(logits[ids], best)
+        target = share_of(filters.typical_p, total)
+        ids = ids[are_typical(logits[ids], best, expected, target)]
     if filters.top_p < 1.0:
         masses = fixed_point_mass(logits[ids], best)
         before = masses.cumsum(0) - masses
@@ -71,25 +73,31 @@ def kept_tokens(logits: Tensor, filters: Filters) -> Tensor:
     return ids
 
 
-def n_sigma_bound(values: Tensor, best: Tensor, n_sigma: float) -> Tensor:
-    """max - n * std of finite values f32[N] -> f32[]."""
-    x = values.double()
+def n_sigma_bound(logits: Tensor, best: Tensor, n_sigma: float) -> Tensor:
+    """max - n * std of the finite ones of logits f32[V] -> f32[]."""
+    x = logits[logits > -math.inf].double()
     mean = x.mean()
     variance = ((x * x).mean() - mean * mean).clamp(min=0.0)
     return (best.double() - n_sigma * variance.sqrt()).float()
 
 
-def _typical(values: Tensor, best: Tensor, typical_p: float) -> Tensor:
-    """Which of the finite values f32[N] are typical: bool[N]."""
+def mass_and_expected(values: Tensor, best: Tensor) -> tuple[int, Tensor]:
+    """Of finite values f32[N]: their mass, and E[l], f32[]."""
     below = best - values
-    masses = fixed_point_mass(values, best)
+    total = fixed_point_mass(values, best).sum()
     weighted = ((-below).exp() * below * MASS_ONE).to(torch.int64)
-    expected = best - (weighted.sum().double() / masses.sum().double()).float()
+    return int(total), best - (weighted.sum().double() / total.double()).float()
+
+
+def are_typical(values: Tensor, best: Tensor, expected: Tensor, target: int) -> Tensor:
+    """Which of the finite values f32[N] are the nearest to `expected` that weigh `target`: bool[N].
+
+    Values that are farther than those may be left out.
+    """
     distances = (values - expected).abs()
     order = distances.argsort(stable=True)
-    target = share_of(typical_p, int(masses.sum()))
-    last = int((masses[order].cumsum(0) < target).sum())
-    return distances <= distances[order[last]]
+    through = fixed_point_mass(values, best)[order].cumsum(0)
+    return distances <= distances[order[int((through < target).sum())]]
 
 
 def fixed_point_mass(values: Tensor, best: Tensor) -> Tensor:

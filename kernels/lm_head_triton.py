@@ -20,7 +20,6 @@ from torch import Tensor
 
 from millrace.kernels.checks import expect
 from millrace.kernels.configs import LaunchConfig
-from millrace.kernels.edits_triton import TEMPERATURE, scalar
 from millrace.kernels.matmul_fused import Fusion, InputNorm, check_linear
 from millrace.kernels.matmul_plan import MAX_ROWS, decode_config, split_length
 from millrace.kernels.matmul_tile_triton import inverse_rms, product_of_splits
@@ -28,6 +27,7 @@ from millrace.kernels.matmul_triton import MIN_BLOCK_T, decode_options
 from millrace.kernels.order_triton import NO_ID
 from millrace.kernels.rng import CALLS_PER_TILE, TILE, WORDS
 from millrace.kernels.rng_triton import gumbel_calls
+from millrace.kernels.rows_triton import TEMPERATURE, scalar
 from millrace.kernels.sampling import GREEDY_BELOW, SampledTokens, SlotSampling
 
 CALLS_PER_BLOCK = 16

@@ -26,11 +26,9 @@ from torch import Tensor
 
 from millrace.kernels.configs import UNFUSED
 from millrace.kernels.edits_triton import (
-    LOGPROBS,
     edited_logits,
     is_filtered,
     load_logits,
-    scalar,
     temperature_factors,
 )
 from millrace.kernels.logprobs import MASS_ONE, MAX_TOP, RawLogprobs, check_logprob_inputs
@@ -45,6 +43,7 @@ from millrace.kernels.order_triton import (
     value_of,
 )
 from millrace.kernels.rng import TILE
+from millrace.kernels.rows_triton import LOGPROBS, asked, row_at, rows_of
 from millrace.kernels.sampling import SampledTokens, check_inputs
 from millrace.kernels.sampling_filters_triton import (
     GROUP,
@@ -80,7 +79,7 @@ def _scored_logits(row, kind, kept, o_vocab, m_vocab):
     y = load_logits(row, o_vocab, m_vocab)
     if kind == _PROCESSED:
         x = edited_logits(row, y, o_vocab, m_vocab)
-        _, _, after = temperature_factors(row[4], row[1])
+        _, _, after = temperature_factors(row)
         y = tl.where(survives(key_of(x, o_vocab), x, kept), x * after, float("-inf"))
     return y
 
@@ -132,18 +131,7 @@ def raw_tile_kernel(
 
 @triton.jit
 def pick_kernel(
-    p_logits,
-    p_slots,
-    p_positions,
-    p_scalars,
-    p_seed,
-    p_bias,
-    p_has_bias,
-    p_seen,
-    p_counts,
-    p_has_penalties,
-    p_stop_ids,
-    p_min_position,
+    rows,
     p_kept,
     p_note_maxima,
     p_note_best,
@@ -151,26 +139,22 @@ def pick_kernel(
     p_groups,  # i32[R, tiles * GROUPS], those to be read
     p_num_groups,  # i32[R], 0 of rows that nobody asked to score
     p_chosen,  # f32[R], NaN where the row has no logprobs
-    stride_logits,
     tiles,
-    vocab,
     num_top,
     TILES: tl.constexpr,
 ):
     i_row = tl.program_id(0).to(tl.int64)
-    slot, position = tl.load(p_slots + i_row), tl.load(p_positions + i_row)
-    kind = scalar(p_scalars, slot, LOGPROBS)
+    row = row_at(rows, i_row)
+    kind = asked(row, LOGPROBS)
     tl.store(p_num_groups + i_row, 0)
     tl.store(p_chosen + i_row, float("nan"))
     if kind > 0:
-        tables = (p_bias, p_has_bias, p_seen, p_counts, p_has_penalties, p_stop_ids, p_min_position)
-        row = (p_logits + i_row * stride_logits, slot, position, vocab, p_scalars, tables)
         kept = load_kept(p_kept + i_row * 4)
         o_tile, o_group = tl.arange(0, TILES), tl.arange(0, TILES * _GROUPS)
         bests = tl.load(p_note_best + i_row * tiles + o_tile, mask=o_tile < tiles, other=_LOWEST)
         odd = tl.max(((bests != bests) | (bests == float("inf"))).to(tl.int32), axis=0) != 0
         o_chosen = tl.arange(0, 1) + tl.load(p_token_ids + i_row).to(tl.int32)
-        chosen = tl.max(_scored_logits(row, kind, kept, o_chosen, o_chosen < vocab), axis=0)
+        chosen = tl.max(_scored_logits(row, kind, kept, o_chosen, o_chosen < rows.vocab), axis=0)
         tl.store(p_chosen + i_row, tl.where(odd, float("nan"), chosen))
         maxima = tl.load(
             p_note_maxima + i_row * tiles * _GROUPS + o_group,
@@ -178,8 +162,8 @@ def pick_kernel(
             other=float("-inf"),
         )
         least = chosen
-        if (kind == _PROCESSED) & is_filtered(p_scalars, p_seed, slot, position):
-            _, _, after = temperature_factors(p_scalars, slot)
+        if (kind == _PROCESSED) & is_filtered(row):
+            _, _, after = temperature_factors(row)
             least = key_value(kept[0]) * after
         elif num_top > 0:
             # As many groups as tokens are asked for; all, if there are not as many.
@@ -194,18 +178,7 @@ def pick_kernel(
 
 @triton.jit
 def part_kernel(
-    p_logits,
-    p_slots,
-    p_positions,
-    p_scalars,
-    p_seed,
-    p_bias,
-    p_has_bias,
-    p_seen,
-    p_counts,
-    p_has_penalties,
-    p_stop_ids,
-    p_min_position,
+    rows,
     p_kept,
     p_note_best,
     p_note_mass,
@@ -216,15 +189,13 @@ def part_kernel(
     p_above,
     p_keys,
     p_chosen,
-    stride_logits,
     tiles,
-    vocab,
     num_top,
 ):
     i_row, i_part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    slot, position = tl.load(p_slots + i_row), tl.load(p_positions + i_row)
-    kind, num_groups = scalar(p_scalars, slot, LOGPROBS), tl.load(p_num_groups + i_row)
-    filtered = (kind == _PROCESSED) & is_filtered(p_scalars, p_seed, slot, position)
+    row = row_at(rows, i_row)
+    kind, num_groups = asked(row, LOGPROBS), tl.load(p_num_groups + i_row)
+    filtered = (kind == _PROCESSED) & is_filtered(row)
     o_out = i_row * tiles + i_part
     if kind > 0:
         tl.store(p_above + o_out, 0)
@@ -232,13 +203,11 @@ def part_kernel(
         tl.store(p_best + o_out, tl.where(filtered, float("-inf"), best))
         tl.store(p_mass + o_out, tl.where(filtered, 0, mass))
     if i_part * _GROUPS < num_groups:
-        tables = (p_bias, p_has_bias, p_seen, p_counts, p_has_penalties, p_stop_ids, p_min_position)
-        row = (p_logits + i_row * stride_logits, slot, position, vocab, p_scalars, tables)
         o_listed = i_part * _GROUPS + tl.arange(0, _TILE) // _GROUP
         m_listed = o_listed < num_groups
         groups = tl.load(p_groups + i_row * tiles * _GROUPS + o_listed, mask=m_listed, other=0)
         o_vocab = groups * _GROUP + tl.arange(0, _TILE) % _GROUP
-        m_vocab = m_listed & (o_vocab < vocab)
+        m_vocab = m_listed & (o_vocab < rows.vocab)
         y = _scored_logits(row, kind, load_kept(p_kept + i_row * 4), o_vocab, m_vocab)
         y = tl.where(m_vocab, y, float("-inf"))
         if filtered:
@@ -315,7 +284,7 @@ def drawn_logprobs_triton(
     """As `drawn_logprobs_reference`, of what `sample_triton` has sampled with `scored`."""
     check_inputs(logits, slots, positions, params)
     check_logprob_inputs(logits, sampled.token_ids, num_top)
-    (rows, vocab), tiles = logits.shape, triton.cdiv(logits.shape[1], TILE)
+    rows, tiles = logits.shape[0], triton.cdiv(logits.shape[1], TILE)
     notes = sampled.notes
     if notes is None or notes.best.shape[1] != tiles:
         raise ValueError("sampled: expected what sample_triton returns if `scored`, got no notes")
@@ -323,20 +292,17 @@ def drawn_logprobs_triton(
     chosen, device = partial[-1], logits.device
     groups = torch.empty(rows, tiles * GROUPS_PER_TILE, dtype=torch.int32, device=device)
     num_groups = torch.empty(rows, dtype=torch.int32, device=device)
-    p, sizes = params, (logits.stride(0), tiles, vocab, num_top)
-    row = (
-        *(logits, slots, positions, p.scalars, p.seed, p.bias, p.has_bias, p.prompt_seen),
-        *(p.output_counts, p.has_penalties, p.stop_ids, p.min_position, notes.kept),
-    )
+    inputs = rows_of(logits, slots, positions, params)
     padded = triton.next_power_of_2(tiles)
     if rows:  # without fused multiply-adds, for the sampler's bits
         pick_kernel[(rows,)](
-            *(*row, notes.maxima, notes.best, sampled.token_ids, groups, num_groups, chosen),
-            *(*sizes, padded),
+            *(inputs, notes.kept, notes.maxima, notes.best, sampled.token_ids, groups),
+            *(num_groups, chosen, tiles, num_top, padded),
             **pick_options(padded),
         )
         part_kernel[(rows, tiles)](
-            *(*row, notes.best, notes.mass, groups, num_groups, *partial, *sizes),
+            *(inputs, notes.kept, notes.best, notes.mass, groups, num_groups, *partial),
+            *(tiles, num_top),
             **PART_OPTIONS,
         )
     return _merge(partial, num_top)

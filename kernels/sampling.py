@@ -4,7 +4,7 @@ R rows are sampled in a step; each belongs to a slot that holds its request's pa
 operation, in this order (that of transformers and vLLM):
 
     1. logits to float32
-    2. + bias                   logit bias; -inf bans a token; an allow-list bans all the others
+    2. - inf where banned       an allow-list bans all tokens but its own; then + bias
     3. stop ids banned          while position < min_position (this is `min_tokens`)
     4. repetition penalty r     l > 0 ? l / r : l * r, for every token of the prompt or the output
     5. - frequency * count - presence * [count > 0], over the output alone
@@ -39,6 +39,7 @@ from millrace.kernels.checks import expect
 from millrace.kernels.filters import Filters, kept_tokens
 from millrace.kernels.rng import gumbel_noise_at, xtc_coins
 from millrace.kernels.slot_sampling import SlotSampling, SlotValues
+from millrace.kernels.token_mask import members
 
 __all__ = ["SampledTokens", "SlotSampling", "SlotValues", "sample_reference"]
 
@@ -96,6 +97,9 @@ def sample_reference(
 
 def edit_row(row: Tensor, slot: int, position: int, params: SlotSampling) -> Tensor:
     """Steps 2 to 5 in place on one row f32[V], which is returned."""
+    if params.has_bans[slot]:
+        allowed = members(params.allowed[slot], params.vocab)
+        row.copy_(torch.where(allowed, row, row - math.inf))
     if params.has_bias[slot]:
         row += params.bias[slot]
     if position < params.min_position[slot]:
@@ -139,8 +143,10 @@ def temperature_factors(slot: int, params: SlotSampling) -> tuple[bool, Tensor, 
 
 def filters_of(slot: int, position: int, params: SlotSampling) -> Filters:
     """A row's filters; XTC among them only if its coin falls so."""
-    at = params.seed.new_tensor([position])
-    xtc = xtc_coins(params.seed[slot].view(1), at)[0] < params.xtc_probability[slot]
+    probability, xtc = float(params.xtc_probability[slot]), False
+    if probability > 0.0:
+        at = params.seed.new_tensor([position])
+        xtc = float(xtc_coins(params.seed[slot].view(1), at)[0]) < probability
     return Filters(
         top_n_sigma=float(params.top_n_sigma[slot]),
         top_k=int(params.top_k[slot]),

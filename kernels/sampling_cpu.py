@@ -2,8 +2,9 @@
 
 Rows are told apart by what they need. Greedy rows cost an argmax; rows with only a temperature
 cost the noise and an argmax; rows with filters find their head through group maxima
-(`candidates.py`) and take noise for the survivors alone. What is rare (top-n-sigma, typical-p, XTC,
-a temperature after the filters) or odd (an infinite logit, a NaN) goes to the reference's own code.
+(`candidates.py`) and take noise for the survivors alone. What is rare (top-n-sigma, typical-p, XTC)
+goes row by row through `sampling_rare_cpu.py`, what is odd (an infinite logit, a NaN) to the
+reference's own code.
 """
 
 from collections.abc import Iterator
@@ -20,20 +21,20 @@ from millrace.kernels.candidates import (
     top_k_bounds,
 )
 from millrace.kernels.filters import fixed_point_mass
-from millrace.kernels.logprobs import MASS_ONE
-from millrace.kernels.rng import gumbel_noise, gumbel_noise_at
+from millrace.kernels.rng import WORDS, gumbel_noise, gumbel_noise_at
 from millrace.kernels.sampling import (
     GREEDY_BELOW,
     SampledTokens,
     check_inputs,
     draw_from_row,
     edit_row,
+    filters_of,
 )
-from millrace.kernels.slot_sampling import HEAD_FILTERS, NO_FILTERS, SlotSampling
+from millrace.kernels.sampling_rare_cpu import kept_of_row, top_p_bound
+from millrace.kernels.slot_sampling import NO_FILTERS, SlotSampling
 
 _BLOCK_VALUES = 1 << 20  # logits worked on at a time: 4 MiB of float32, for the last-level cache
 _NARROW = 2048  # candidates up to which rows share one table; a wider row gets its own
-_BOUND_SLACK = 1e-3  # lowers a bound made with exp and ln, by far more than they round
 
 
 def sample_cpu(
@@ -48,12 +49,15 @@ def sample_cpu(
     check_inputs(logits, slots, positions, params)
     batch = _Rows(logits.contiguous(), slots, positions, params)
     greedy, kind = batch.of("temperature") < GREEDY_BELOW, batch.of("filter_kind")
+    rare = (batch.of("top_n_sigma") > 0) | (batch.of("typical_p") < 1)
+    rare |= batch.of("xtc_probability") > 0
     token_ids = torch.zeros_like(slots)
     best = torch.full((slots.shape[0],), torch.nan)  # where it stays, no sampler took the row
     for sampler, wanted in (
         (_greedy, greedy),
         (_unfiltered, (kind == NO_FILTERS) & ~greedy),
-        (_filtered, (kind == HEAD_FILTERS) & ~greedy),
+        (_filtered, (kind != NO_FILTERS) & ~rare & ~greedy),
+        (_rare, rare & ~greedy),
     ):
         rows = wanted.nonzero().squeeze(1)
         if rows.shape[0]:
@@ -88,6 +92,11 @@ class _Rows:
         slots, positions = self.slots.index_select(0, rows), self.positions.index_select(0, rows)
         return _Rows(self.logits.index_select(0, rows), slots, positions, self.params)
 
+    def take_one(self, i_row: int) -> "_Rows":
+        """One row, not copied."""
+        one = slice(i_row, i_row + 1)
+        return _Rows(self.logits[one], self.slots[one], self.positions[one], self.params)
+
     def blocks(self) -> Iterator["_Rows"]:
         """The same rows, a few at a time."""
         few = max(1, _BLOCK_VALUES // self.params.vocab)
@@ -97,7 +106,7 @@ class _Rows:
 
     def edited(self) -> Tensor:
         """Steps 1 to 5: the logits themselves if no row has an edit, else a copy f32[R, V]."""
-        wanted = self.of("has_bias") | self.of("has_penalties")
+        wanted = self.of("has_bias") | self.of("has_bans") | self.of("has_penalties")
         wanted |= self.positions < self.of("min_position")
         if not wanted.any():
             return self.logits
@@ -106,12 +115,17 @@ class _Rows:
             edit_row(x[i_row], int(self.slots[i_row]), int(self.positions[i_row]), self.params)
         return x
 
-    def scaled(self) -> Tensor:
-        """Steps 1 to 7, f32[R, V]."""
-        return self.edited().float() * (1.0 / self.of("temperature")).unsqueeze(1)
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """`temperature_factors` of rows that sample: before and after the filters, f32[R]."""
+        inverse, last = 1.0 / self.of("temperature"), self.of("temperature_last") > 0
+        return inverse.masked_fill(last, 1.0), inverse.masked_fill(~last, 1.0)
+
+    def measured(self) -> Tensor:
+        """The logits as the filters see them, f32[R, V]."""
+        return self.edited().float() * self.factors()[0].unsqueeze(1)
 
 
-# Each of the three samplers returns (token ids i64[R], f32[R] that is finite for ordinary rows).
+# Each of the four samplers returns (token ids i64[R], f32[R] that is finite for ordinary rows).
 
 
 def _greedy(rows: _Rows) -> tuple[Tensor, Tensor]:
@@ -122,7 +136,7 @@ def _greedy(rows: _Rows) -> tuple[Tensor, Tensor]:
 def _unfiltered(rows: _Rows) -> tuple[Tensor, Tensor]:
     best, ids = [], []
     for block in rows.blocks():
-        scores = block.scaled()
+        scores = block.edited().float() * (1.0 / block.of("temperature")).unsqueeze(1)
         scores += gumbel_noise(block.of("seed"), block.positions, scores.shape[1])
         block_best, block_ids = argmax_rows(scores)
         best.append(block_best)
@@ -135,7 +149,7 @@ def _filtered(rows: _Rows) -> tuple[Tensor, Tensor]:
     bests, totals, heads = [], [], []
     start = 0
     for block in rows.blocks():
-        scaled = block.scaled()
+        scaled = block.measured()
         maxima = group_maxima(scaled)
         best = maxima.amax(1)
         total, bounds = _head_bounds(block, scaled, maxima, best)
@@ -152,6 +166,30 @@ def _filtered(rows: _Rows) -> tuple[Tensor, Tensor]:
         table = sorted_rows(group.shape[0], *head)
         ids[group] = _draw(of_group, *table, best[group], total[group])
     return ids, best
+
+
+def _rare(rows: _Rows) -> tuple[Tensor, Tensor]:
+    best, ids = [], []
+    for block in rows.blocks():
+        scaled = block.measured()
+        maxima = group_maxima(scaled)
+        best.append(maxima.amax(1))
+        ids.append(torch.zeros_like(block.slots))
+        for i_row in best[-1].isfinite().nonzero().squeeze(1).tolist():
+            ids[-1][i_row] = _draw_rare(block.take_one(i_row), scaled[i_row], maxima[i_row])
+    return torch.cat(ids), torch.cat(best)
+
+
+def _draw_rare(one: _Rows, scaled: Tensor, maxima: Tensor) -> Tensor:
+    """Steps 8 and 9 on one row f32[V]: its token, i64[]."""
+    slot, position = int(one.slots), int(one.positions)
+    kept = kept_of_row(scaled, maxima, filters_of(slot, position, one.params))
+    seed = one.of("seed")
+    if kept.shape[0] * WORDS > scaled.shape[0]:  # a call of the generator serves so many ids
+        noise = gumbel_noise(seed, one.positions, scaled.shape[0])[0, kept]
+    else:
+        noise = gumbel_noise_at(seed, one.positions, kept.unsqueeze(0))[0]
+    return kept[(scaled[kept] * one.factors()[1] + noise).argmax()]
 
 
 Head = tuple[Tensor, Tensor, Tensor]
@@ -191,25 +229,11 @@ def _head_bounds(
         bounds = top_k_bounds(maxima, top_k.clamp(min=1)).where(top_k > 0, bounds)
     for i in ((top_k == 0) & (top_p < 1)).nonzero().squeeze(1).tolist():
         total[i] = fixed_point_mass(scaled[i], best[i]).sum()
-        bounds[i] = _top_p_bound(maxima[i], best[i], total[i], top_p[i], scaled.shape[1])
+        mass, share = int(total[i]), float(top_p[i])
+        bounds[i] = top_p_bound(maxima[i], best[i], mass, share, scaled.shape[1])
     # Where top-k and top-p both cut, top-p needs all of top-k's mass: no short cut for min-p then.
     min_p_bounds = best + rows.of("min_p").log()
     return total, bounds.maximum(min_p_bounds.where((top_k == 0) | (top_p == 1), bounds))
-
-
-def _top_p_bound(maxima: Tensor, best: Tensor, total: Tensor, top_p: Tensor, vocab: int) -> Tensor:
-    """A value at or above which a row's tokens weigh top_p of `total`, all scalars but maxima.
-
-    The greatest group maxima, best first, until they alone weigh that much. Should all of them
-    not: tokens lighter than 1/V of what may be left out cannot together weigh more than that.
-    """
-    target = _top_p_target(top_p, total)
-    heads = maxima.sort(descending=True).values
-    reached = fixed_point_mass(heads, best).cumsum(0) >= target
-    if reached[-1]:
-        return heads[reached.byte().argmax()]
-    spare = (total - target).double() / MASS_ONE / vocab
-    return best + spare.log().float() - _BOUND_SLACK
 
 
 def _draw(rows: _Rows, values: Tensor, ids: Tensor, best: Tensor, total: Tensor) -> Tensor:
@@ -229,7 +253,8 @@ def _draw(rows: _Rows, values: Tensor, ids: Tensor, best: Tensor, total: Tensor)
     kept &= values >= (best + rows.of("min_p").log()).unsqueeze(1)
     width = max(1, int(kept.sum(1).max()))
     values, ids, kept = values[:, :width], ids[:, :width], kept[:, :width]
-    scores = values + gumbel_noise_at(rows.of("seed"), rows.positions, ids)
+    noise = gumbel_noise_at(rows.of("seed"), rows.positions, ids)
+    scores = values * rows.factors()[1].unsqueeze(1) + noise
     scores.masked_fill_(~kept, -torch.inf)
     winners = scores == scores.amax(1, keepdim=True)
     return ids.masked_fill(~winners, rows.params.vocab).amin(1)  # the lowest id of equal scores

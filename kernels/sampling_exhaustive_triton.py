@@ -13,17 +13,7 @@ import triton
 import triton.language as tl
 
 from millrace.kernels.configs import UNFUSED
-from millrace.kernels.edits_triton import (
-    MIN_P,
-    NO_XTC,
-    TOP_K,
-    TOP_P,
-    TYPICAL_P,
-    scalar,
-    scaled_logits,
-    temperature_factors,
-    xtc_threshold,
-)
+from millrace.kernels.edits_triton import NO_XTC, filters_of, scaled_logits, temperature_factors
 from millrace.kernels.order_triton import (
     NO_ID,
     key_id,
@@ -34,6 +24,7 @@ from millrace.kernels.order_triton import (
     survives,
 )
 from millrace.kernels.rng_triton import gumbel_at
+from millrace.kernels.rows_triton import row_at
 from millrace.kernels.sampling_filters_triton import (
     KEY_ROOM,
     expected_logit,
@@ -56,7 +47,7 @@ _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 def _load(row, start, kept):
     """A tile from `start` on: (logits, keys, whether they survive), each [SWEEP]."""
     o_vocab = start + tl.arange(0, _SWEEP)
-    x = scaled_logits(row, o_vocab, o_vocab < row[3])
+    x = scaled_logits(row, o_vocab, o_vocab < row.of.vocab)
     keys = key_of(x, o_vocab)
     return x, keys, survives(keys, x, kept)
 
@@ -65,7 +56,7 @@ def _load(row, start, kept):
 def _survey(row, kept, best):
     """Of the survivors: (their mass, the sum of their `weighted_distance`, the greatest key)."""
     mass, distance, greatest = tl.full((), 0, tl.int64), tl.full((), 0, tl.int64), kept[0]
-    for start in range(0, row[3], _SWEEP):
+    for start in range(0, row.of.vocab, _SWEEP):
         x, keys, m_kept = _load(row, start, kept)
         mass += tl.sum(tl.where(m_kept, mass_of(x, best), 0), axis=0)
         distance += tl.sum(tl.where(m_kept, weighted_distance(x, best), 0), axis=0)
@@ -77,7 +68,7 @@ def _survey(row, kept, best):
 def _last_heavy_key(row, kept, best, goal):
     """The least key of a survivor that weighs `goal` or more; `high` if there is none."""
     last = kept[1]
-    for start in range(0, row[3], _SWEEP):
+    for start in range(0, row.of.vocab, _SWEEP):
         x, keys, m_kept = _load(row, start, kept)
         m_heavy = m_kept & (mass_of(x, best) >= goal)
         last = tl.minimum(last, tl.min(tl.where(m_heavy, keys, kept[1]), axis=0))
@@ -92,7 +83,7 @@ def _cut(row, kept, best, goal, by_count):
     while high - low > 1:
         middle = low + (high - low) // 2
         weight = tl.full((), 0, tl.int64)
-        for start in range(0, row[3], _SWEEP):
+        for start in range(0, row.of.vocab, _SWEEP):
             x, keys, m_kept = _load(row, start, kept)
             weights = tl.where(by_count, 1, mass_of(x, best))
             weight += tl.sum(tl.where(m_kept & (keys >= middle), weights, 0), axis=0)
@@ -108,7 +99,7 @@ def _radius(row, low, high, expected, best, goal):
     for i_bit in range(31):
         trial = near | (tl.full((), 1, tl.int64) << (30 - i_bit))
         weight = tl.full((), 0, tl.int64)
-        for start in range(0, row[3], _SWEEP):
+        for start in range(0, row.of.vocab, _SWEEP):
             x, _keys, m_kept = _load(row, start, (low, high, trial, expected))
             weight += tl.sum(tl.where(m_kept, mass_of(x, best), 0), axis=0)
         near = tl.where(weight >= goal, trial, near)
@@ -116,13 +107,15 @@ def _radius(row, low, high, expected, best, goal):
 
 
 @triton.jit
-def _draw(row, kept, seed, after):
+def _draw(row, kept):
     """The survivor of the best score."""
+    _, _, after = temperature_factors(row)
     top_score = tl.full((), float("-inf"), tl.float32)
     top_id = tl.full((), NO_ID, tl.int32)
-    for start in range(0, row[3], _SWEEP):
+    for start in range(0, row.of.vocab, _SWEEP):
         x, keys, m_kept = _load(row, start, kept)
-        score = tl.where(m_kept, x * after + gumbel_at(seed, row[2], key_id(keys)), float("-inf"))
+        noise = gumbel_at(row.seed, row.position, key_id(keys))
+        score = tl.where(m_kept, x * after + noise, float("-inf"))
         best_score = tl.max(score, axis=0)
         best_id = tl.min(tl.where(m_kept & (score == best_score), key_id(keys), NO_ID), axis=0)
         better = best_score > top_score  # ids ascend from sweep to sweep: first wins
@@ -133,18 +126,7 @@ def _draw(row, kept, seed, after):
 
 @triton.jit
 def exhaust_kernel(
-    p_logits,
-    p_slots,
-    p_positions,
-    p_scalars,
-    p_seed,
-    p_bias,
-    p_has_bias,
-    p_seen,
-    p_counts,
-    p_has_penalties,
-    p_stop_ids,
-    p_min_position,
+    rows,
     p_bound,
     p_total,
     p_count,  # i32[R], above KEY_ROOM of the rows that are left
@@ -152,21 +134,15 @@ def exhaust_kernel(
     p_span,
     p_token_ids,
     p_kept,
-    stride_logits,
-    vocab,
 ):
     i_row, count = tl.full((), 0, tl.int64), tl.full((), 0, tl.int32)
     if tl.program_id(0) < tl.load(p_flat):
         i_row = tl.load(p_flat + 1 + tl.program_id(0)).to(tl.int64)
         count = tl.load(p_count + i_row)
     if count > _KEY_ROOM:
-        slot, position = tl.load(p_slots + i_row), tl.load(p_positions + i_row)
-        tables = (p_bias, p_has_bias, p_seen, p_counts, p_has_penalties, p_stop_ids, p_min_position)
         best = tl.load(p_span + i_row * 2)
-        row = (p_logits + i_row * stride_logits, slot, position, vocab, p_scalars, tables)
-        top_k, typical_p = scalar(p_scalars, slot, TOP_K), scalar(p_scalars, slot, TYPICAL_P)
-        top_p, min_p = scalar(p_scalars, slot, TOP_P), scalar(p_scalars, slot, MIN_P)
-        xtc = xtc_threshold(p_scalars, p_seed, slot, position)
+        row = row_at(rows, i_row)
+        top_k, typical_p, top_p, min_p, xtc = filters_of(row)
         # What the bound leaves out no later filter needs; top-n-sigma's is part of it.
         low = lowest_key(tl.load(p_bound + i_row))
         high = lowest_key(best) + NO_ID
@@ -177,7 +153,7 @@ def exhaust_kernel(
             is_on |= ((i_filter == 2) & (top_p < 1)) | ((i_filter == 3) & (min_p > 0))
             if is_on | ((i_filter == 4) & (xtc < NO_XTC)):
                 kept = (low, high, near, expected)
-                by_row_mass = (i_filter == 2) & uses_row_mass(p_scalars, slot)
+                by_row_mass = (i_filter == 2) & uses_row_mass(row)
                 if (i_filter > 0) & ~by_row_mass:
                     total, distance, greatest = _survey(row, kept, best)
                 if (i_filter == 0) | (i_filter == 2):
@@ -192,7 +168,5 @@ def exhaust_kernel(
                     low = tl.maximum(low, lowest_key(lowest))
                 else:
                     high = _last_heavy_key(row, kept, best, share_of(xtc, total))
-        _, _, after = temperature_factors(p_scalars, slot)
-        token_id = _draw(row, (low, high, near, expected), tl.load(p_seed + slot), after)
-        tl.store(p_token_ids + i_row, token_id)
+        tl.store(p_token_ids + i_row, _draw(row, (low, high, near, expected)))
         store_kept(p_kept + i_row * 4, (low, high, near, expected))

@@ -20,17 +20,11 @@ import triton
 import triton.language as tl
 
 from millrace.kernels.edits_triton import (
-    MIN_P,
     NO_XTC,
-    TOP_K,
-    TOP_N_SIGMA,
-    TOP_P,
-    TYPICAL_P,
+    filters_of,
     is_filtered,
-    scalar,
     scaled_logits,
     temperature_factors,
-    xtc_threshold,
 )
 from millrace.kernels.logprobs import MASS_ONE
 from millrace.kernels.order_triton import (
@@ -47,6 +41,7 @@ from millrace.kernels.order_triton import (
 )
 from millrace.kernels.rng import TILE
 from millrace.kernels.rng_triton import gumbel_at
+from millrace.kernels.rows_triton import MIN_P, TOP_K, TOP_N_SIGMA, TOP_P, TYPICAL_P, asked, row_at
 
 GROUP = 32
 GROUPS_PER_TILE = TILE // GROUP
@@ -106,10 +101,10 @@ def expected_logit(best, distance, total):
 
 
 @triton.jit
-def uses_row_mass(p_scalars, slot):
+def uses_row_mass(row):
     """Whether top-p is the first filter of the row, so that it measures by the whole row's mass."""
-    first = (scalar(p_scalars, slot, TOP_K) == 0) & (scalar(p_scalars, slot, TOP_N_SIGMA) == 0)
-    return first & (scalar(p_scalars, slot, TYPICAL_P) == 1) & (scalar(p_scalars, slot, TOP_P) < 1)
+    first = (asked(row, TOP_K) == 0) & (asked(row, TOP_N_SIGMA) == 0)
+    return first & (asked(row, TYPICAL_P) == 1) & (asked(row, TOP_P) < 1)
 
 
 @triton.jit
@@ -159,10 +154,7 @@ def append_keys(p_count, p_keys, keys, m_keys, ROOM: tl.constexpr):
 
 @triton.jit
 def bound_kernel(
-    p_slots,
-    p_positions,
-    p_scalars,
-    p_seed,
+    rows,
     p_maxima,
     p_mass,
     p_moments,
@@ -175,18 +167,17 @@ def bound_kernel(
     p_count,  # i32[R], set to 0, or above CAPACITY where the groups alone are more
     p_flat,  # i32[1 + R], its first set to 0
     tiles,
-    vocab,
     TILES: tl.constexpr,  # tiles, rounded up to a power of two
 ):
     i_row = tl.program_id(0).to(tl.int64)
-    slot, position = tl.load(p_slots + i_row), tl.load(p_positions + i_row)
+    row = row_at(rows, i_row)
     if i_row == 0:
         tl.store(p_flat, 0)
     tl.store(p_count + i_row, 0)
     tl.store(p_num_groups + i_row, 0)
-    if is_filtered(p_scalars, p_seed, slot, position):
-        n_sigma, top_k = scalar(p_scalars, slot, TOP_N_SIGMA), scalar(p_scalars, slot, TOP_K)
-        top_p, by_mass = scalar(p_scalars, slot, TOP_P), uses_row_mass(p_scalars, slot)
+    if is_filtered(row):
+        n_sigma, top_k = asked(row, TOP_N_SIGMA), asked(row, TOP_K)
+        top_p, by_mass = asked(row, TOP_P), uses_row_mass(row)
         o_tile, o_group = tl.arange(0, TILES), tl.arange(0, TILES * _GROUPS)
         m_tile, m_group = o_tile < tiles, o_group < tiles * _GROUPS
         bests = tl.load(p_best + i_row * tiles + o_tile, mask=m_tile, other=float("-inf"))
@@ -208,7 +199,7 @@ def bound_kernel(
             bound = tl.where(found > 0, value_of((found - SIGN).to(tl.int32)), bound)
             # Should all maxima together weigh too little for top-p: tokens lighter than 1/V of what
             # may be left out cannot together weigh more than that.
-            spare = (total - goal).to(tl.float64) / _MASS_ONE / vocab
+            spare = (total - goal).to(tl.float64) / _MASS_ONE / rows.vocab
             light = best + tl.log(tl.maximum(spare, 1e-300)).to(tl.float32) - _BOUND_SLACK
             bound = tl.where((found == 0) & by_mass, light, bound)
         floor = tl.full((), _LOWEST, tl.float32)
@@ -217,8 +208,8 @@ def bound_kernel(
             floor = tl.maximum(_n_sigma_bound(p_row, tiles, best, n_sigma, TILES), floor)
         tl.store(p_floor + i_row, floor)
         # A filter that measures mass needs all that the ones before it left: min-p must wait.
-        may_cut = (scalar(p_scalars, slot, TYPICAL_P) == 1) & ((top_p == 1) | by_mass)
-        lowest = best + tl.log(scalar(p_scalars, slot, MIN_P))
+        may_cut = (asked(row, TYPICAL_P) == 1) & ((top_p == 1) | by_mass)
+        lowest = best + tl.log(asked(row, MIN_P))
         bound = tl.where(may_cut, tl.maximum(bound, lowest), bound)
         bound = tl.maximum(bound, floor)
         tl.store(p_bound + i_row, bound)
@@ -229,37 +220,22 @@ def bound_kernel(
 
 @triton.jit
 def gather_kernel(
-    p_logits,
-    p_slots,
-    p_positions,
-    p_scalars,
-    p_seed,
-    p_bias,
-    p_has_bias,
-    p_seen,
-    p_counts,
-    p_has_penalties,
-    p_stop_ids,
-    p_min_position,
+    rows,
     p_bound,
     p_groups,
     p_num_groups,  # i32[R], 0 where the row has no filter
     p_count,  # i32[R], how many tokens reach the bound; exact up to CAPACITY
     p_keys,  # i64[R, KEY_ROOM], the first CAPACITY of them, in no order
-    stride_logits,
-    vocab,
 ):
     i_row, i_part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     num_groups = tl.load(p_num_groups + i_row)
     if (i_part * _PART < num_groups) & (num_groups <= _LISTED):
-        slot, position = tl.load(p_slots + i_row), tl.load(p_positions + i_row)
-        tables = (p_bias, p_has_bias, p_seen, p_counts, p_has_penalties, p_stop_ids, p_min_position)
-        row = (p_logits + i_row * stride_logits, slot, position, vocab, p_scalars, tables)
+        row = row_at(rows, i_row)
         o_group = i_part * _PART + tl.arange(0, _PART)
         m_group = o_group < num_groups
         groups = tl.load(p_groups + i_row * _LISTED + o_group, mask=m_group, other=0)
         o_vocab = groups[:, None] * _GROUP + tl.arange(0, _GROUP)[None, :]  # [PART, GROUP]
-        x = scaled_logits(row, o_vocab, (o_vocab < vocab) & m_group[:, None])
+        x = scaled_logits(row, o_vocab, (o_vocab < rows.vocab) & m_group[:, None])
         m_kept = tl.reshape(x >= tl.load(p_bound + i_row), (_PART * _GROUP,))
         keys = tl.reshape(key_of(x, o_vocab), (_PART * _GROUP,))
         append_keys(p_count + i_row, p_keys + i_row * _KEY_ROOM, keys, m_kept, _CAPACITY)
@@ -267,10 +243,7 @@ def gather_kernel(
 
 @triton.jit
 def finish_kernel(
-    p_slots,
-    p_positions,
-    p_scalars,
-    p_seed,
+    rows,
     p_best,
     p_best_id,
     p_least,
@@ -292,7 +265,7 @@ def finish_kernel(
     SUMS: tl.constexpr,
 ):
     i_row = tl.program_id(0).to(tl.int64)
-    slot, position = tl.load(p_slots + i_row), tl.load(p_positions + i_row)
+    row = row_at(rows, i_row)
     zero, beyond = tl.full((), 0, tl.int64), tl.full((), 1, tl.int64) << KEY_BITS
     everything = (zero, beyond, zero, tl.full((), 0, tl.float32))
     store_kept(p_kept + i_row * 4, everything)
@@ -304,19 +277,18 @@ def finish_kernel(
     token_id = tl.min(tl.where(bests == best, ids, NO_ID), axis=0)
     ok = (best > float("-inf")) & (tl.max((bests != bests).to(tl.int32), axis=0) == 0)
     tl.store(p_ok + i_row, ok)
-    if is_filtered(p_scalars, p_seed, slot, position) & ok & (best < float("inf")):
+    if is_filtered(row) & ok & (best < float("inf")):
         count = tl.load(p_count + i_row)
         if count <= _CAPACITY:
             o_key = tl.arange(0, _CAPACITY)
             keys = tl.load(p_keys + i_row * _KEY_ROOM + o_key, mask=o_key < count, other=0)
             m_kept = (o_key < count) & (key_value(keys) >= tl.load(p_floor + i_row))
-            asked = (p_scalars, p_seed, slot, position)
             nothing = (zero, zero, zero, zero, zero, zero, float("-inf"))
             total = tl.load(p_total + i_row)
-            m_kept, high, near, expected = survivors(asked, keys, m_kept, best, total, nothing)
+            m_kept, high, near, expected = survivors(row, keys, m_kept, best, total, nothing)
             low = tl.min(tl.where(m_kept, keys, beyond), axis=0)
             store_kept(p_kept + i_row * 4, (low, high, near, expected))
-            _, token_id = draw_from_list(asked, keys, m_kept)
+            _, token_id = draw_from_list(row, keys, m_kept)
         else:
             tl.store(p_flat + 1 + tl.atomic_add(p_flat, 1), i_row.to(tl.int32))
             leasts = tl.load(p_least + i_row * tiles + o_tile, mask=m_tile, other=float("inf"))
@@ -331,28 +303,24 @@ def finish_kernel(
 
 
 @triton.jit
-def draw_from_list(asked, keys, m_kept):
+def draw_from_list(row, keys, m_kept):
     """The best score of the kept keys, and its token's id."""
-    p_scalars, p_seed, slot, position = asked
-    _, _, after = temperature_factors(p_scalars, slot)
+    _, _, after = temperature_factors(row)
     ids = key_id(keys)
-    noise = gumbel_at(tl.load(p_seed + slot), position, ids)
+    noise = gumbel_at(row.seed, row.position, ids)
     score = tl.where(m_kept, key_value(keys) * after + noise, float("-inf"))
     best = tl.max(score, axis=0)
     return best, tl.min(tl.where(m_kept & (score == best), ids, NO_ID), axis=0)
 
 
 @triton.jit
-def survivors(asked, keys, m_kept, best, row_total, outside):
+def survivors(row, keys, m_kept, best, row_total, outside):
     """Which of a row's listed tokens survive the filters after top-n-sigma; the greatest key that
     XTC leaves, and typical-p's (near, expected)."""
-    p_scalars, p_seed, slot, position = asked
     count, mass_1, distance_1, mass_2, mass_3, mass_4, best_outside = outside
     beyond = tl.full((), 1, tl.int64) << KEY_BITS
     high, near, expected = beyond, tl.full((), 0, tl.int64), tl.full((), 0, tl.float32)
-    top_k, typical_p = scalar(p_scalars, slot, TOP_K), scalar(p_scalars, slot, TYPICAL_P)
-    top_p, min_p = scalar(p_scalars, slot, TOP_P), scalar(p_scalars, slot, MIN_P)
-    xtc = xtc_threshold(p_scalars, p_seed, slot, position)
+    top_k, typical_p, top_p, min_p, xtc = filters_of(row)
     if top_k > 0:
         cut = head(keys, m_kept.to(tl.int64), count, top_k.to(tl.int64), KEY_BITS)
         m_kept = m_kept & (keys >= cut)
@@ -369,7 +337,7 @@ def survivors(asked, keys, m_kept, best, row_total, outside):
     if top_p < 1:
         kept_masses = tl.where(m_kept, masses, 0)
         total = mass_2 + tl.sum(kept_masses, axis=0)
-        total = tl.where(uses_row_mass(p_scalars, slot), row_total, total)
+        total = tl.where(uses_row_mass(row), row_total, total)
         m_kept = m_kept & (
             keys >= head(keys, kept_masses, mass_3, share_of(top_p, total), KEY_BITS)
         )

@@ -1,7 +1,7 @@
 """Filters of flat rows on the GPU: too many candidates for a list, so most of them are decided by
 the bin they fall in, in two more sweeps of the logits, side by side over tiles.
 
-    count     flat row x tile   how many candidates fall in each of 4096 bins: of equal width from
+    count     flat row x block  how many candidates fall in each of 4096 bins: of equal width from
                                 the best logit down, and one for all below
     bracket   flat row          the fate of each bin: what a filter must do to all of its tokens, or
                                 IN_DOUBT
@@ -27,20 +27,11 @@ costs next to nothing.
 import triton
 import triton.language as tl
 
-from millrace.kernels.edits_triton import (
-    MIN_P,
-    NO_XTC,
-    TOP_K,
-    TOP_P,
-    TYPICAL_P,
-    scalar,
-    scaled_logits,
-    temperature_factors,
-    xtc_threshold,
-)
+from millrace.kernels.edits_triton import NO_XTC, filters_of, scaled_logits, temperature_factors
 from millrace.kernels.order_triton import KEY_BITS, NO_ID, key_of, store_kept
 from millrace.kernels.rng import CALLS_PER_TILE, TILE
 from millrace.kernels.rng_triton import gumbel_calls
+from millrace.kernels.rows_triton import row_at
 from millrace.kernels.sampling_filters_triton import (
     KEY_ROOM,
     append_keys,
@@ -53,7 +44,8 @@ from millrace.kernels.sampling_filters_triton import (
 
 BINS = 4096
 BLOCKS_PER_TILE = 2
-"""Blocks that `sift` cuts a tile into: a block's tokens share the calls of its noise."""
+"""Blocks that a tile is cut into, so that a program's tokens fit its registers. `sift` cuts it so
+that a block's tokens share the calls of their noise."""
 SUMS = 6
 """Of the tokens outside the list: their number, mass_1, distance_1, mass_2, mass_3 and mass_4."""
 
@@ -62,6 +54,7 @@ _SUMS = tl.constexpr(SUMS)
 _TILE = tl.constexpr(TILE)
 _CALLS = tl.constexpr(CALLS_PER_TILE)
 _BLOCKS = tl.constexpr(BLOCKS_PER_TILE)
+_BLOCK = tl.constexpr(TILE // BLOCKS_PER_TILE)
 _BLOCK_CALLS = tl.constexpr(CALLS_PER_TILE // BLOCKS_PER_TILE)
 _KEY_ROOM = tl.constexpr(KEY_ROOM)
 # Fates, ordered by how far a token comes: dropped by top-k (or below the bound), ..., by XTC.
@@ -82,37 +75,23 @@ def _bins_of(x, best, width):
 
 @triton.jit
 def count_kernel(
-    p_logits,
-    p_slots,
-    p_positions,
-    p_scalars,
-    p_seed,
-    p_bias,
-    p_has_bias,
-    p_seen,
-    p_counts,
-    p_has_penalties,
-    p_stop_ids,
-    p_min_position,
+    rows,
     p_best,
     p_bound,
     p_flat,
     p_span,
     p_bins,
-    stride_logits,
     tiles,
-    vocab,
 ):
-    tables = (p_bias, p_has_bias, p_seen, p_counts, p_has_penalties, p_stop_ids, p_min_position)
-    for i_item in range(tl.program_id(0), tl.load(p_flat) * tiles, tl.num_programs(0)):
-        i_row, i_tile = tl.load(p_flat + 1 + i_item // tiles).to(tl.int64), i_item % tiles
+    blocks = tiles * _BLOCKS
+    for i_item in range(tl.program_id(0), tl.load(p_flat) * blocks, tl.num_programs(0)):
+        i_row, i_block = tl.load(p_flat + 1 + i_item // blocks).to(tl.int64), i_item % blocks
         bound = tl.load(p_bound + i_row)
-        if tl.load(p_best + i_row * tiles + i_tile) >= bound:
-            slot, position = tl.load(p_slots + i_row), tl.load(p_positions + i_row)
-            row = (p_logits + i_row * stride_logits, slot, position, vocab, p_scalars, tables)
+        if tl.load(p_best + i_row * tiles + i_block // _BLOCKS) >= bound:
+            row = row_at(rows, i_row)
             best, width = tl.load(p_span + i_row * 2), tl.load(p_span + i_row * 2 + 1)
-            o_vocab = i_tile * _TILE + tl.arange(0, _TILE)
-            x = scaled_logits(row, o_vocab, o_vocab < vocab)
+            o_vocab = i_block * _BLOCK + tl.arange(0, _BLOCK)
+            x = scaled_logits(row, o_vocab, o_vocab < rows.vocab)
             # Not tl.histogram, which costs each warp as many registers as there are bins.
             bins = _bins_of(tl.maximum(x, bound), best, width)
             tl.atomic_add(p_bins + i_row * _BINS + bins, 1, mask=x >= bound, sem="relaxed")
@@ -159,10 +138,7 @@ def _typical_bins(n, may, must, y_0, y_1, width, heavy, light, typical_p):
 
 @triton.jit
 def bracket_kernel(
-    p_slots,
-    p_positions,
-    p_scalars,
-    p_seed,
+    rows,
     p_bound,
     p_total,
     p_count,  # i32[R], set to 0, or above KEY_ROOM where so many are in doubt
@@ -174,10 +150,8 @@ def bracket_kernel(
 ):
     if tl.program_id(0) < tl.load(p_flat):
         i_row = tl.load(p_flat + 1 + tl.program_id(0)).to(tl.int64)
-        slot, position = tl.load(p_slots + i_row), tl.load(p_positions + i_row)
-        top_k, typical_p = scalar(p_scalars, slot, TOP_K), scalar(p_scalars, slot, TYPICAL_P)
-        top_p, min_p = scalar(p_scalars, slot, TOP_P), scalar(p_scalars, slot, MIN_P)
-        xtc = xtc_threshold(p_scalars, p_seed, slot, position)
+        row = row_at(rows, i_row)
+        top_k, typical_p, top_p, min_p, xtc = filters_of(row)
         best, width = tl.load(p_span + i_row * 2), tl.load(p_span + i_row * 2 + 1)
         o_bin = tl.arange(0, _BINS)
         counts = tl.load(p_bins + i_row * _BINS + o_bin)
@@ -203,7 +177,7 @@ def bracket_kernel(
         if top_p < 1:
             at_least, at_most = tl.where(must, n * light, 0.0), tl.where(may, n * heavy, 0.0)
             total = tl.load(p_total + i_row).to(tl.float32) * _LEAST_MASS
-            by_row = uses_row_mass(p_scalars, slot)
+            by_row = uses_row_mass(row)
             least = top_p * tl.where(by_row, total, tl.sum(at_least, axis=0)) * (1.0 - _SLACK)
             most = top_p * tl.where(by_row, total, tl.sum(at_most, axis=0)) * (1.0 + _SLACK)
             may_pass = tl.cumsum(at_least, axis=0) - at_least < most
@@ -243,18 +217,7 @@ def _add_up(p_sums, x, fate, best):
 
 @triton.jit
 def sift_kernel(
-    p_logits,
-    p_slots,
-    p_positions,
-    p_scalars,
-    p_seed,
-    p_bias,
-    p_has_bias,
-    p_seen,
-    p_counts,
-    p_has_penalties,
-    p_stop_ids,
-    p_min_position,
+    rows,
     p_bound,
     p_count,
     p_keys,
@@ -266,25 +229,21 @@ def sift_kernel(
     p_certain_id,  # i32[R, blocks], its token
     p_certain_low,  # i64[R, blocks], their least key
     p_certain_top,  # f32[R, blocks], the greatest logit of those certain to reach min-p
-    stride_logits,
     tiles,
-    vocab,
 ):
-    tables = (p_bias, p_has_bias, p_seen, p_counts, p_has_penalties, p_stop_ids, p_min_position)
     beyond = tl.full((), 1, tl.int64) << KEY_BITS
     blocks = tiles * _BLOCKS
     for i_item in range(tl.program_id(0), tl.load(p_flat) * blocks, tl.num_programs(0)):
         i_row, i_block = tl.load(p_flat + 1 + i_item // blocks).to(tl.int64), i_item % blocks
         if tl.load(p_count + i_row) <= _KEY_ROOM:
-            slot, position = tl.load(p_slots + i_row), tl.load(p_positions + i_row)
-            row = (p_logits + i_row * stride_logits, slot, position, vocab, p_scalars, tables)
+            row = row_at(rows, i_row)
             best, width = tl.load(p_span + i_row * 2), tl.load(p_span + i_row * 2 + 1)
             bound = tl.load(p_bound + i_row)
             i_tile, first_call = i_block // _BLOCKS, i_block % _BLOCKS * _BLOCK_CALLS
             o_call = first_call + tl.arange(0, _BLOCK_CALLS)
             o_word = tl.arange(0, 4)[None, :] * _CALLS  # [CALLS, 4], the order of the noise
             o_vocab = i_tile * _TILE + o_word + o_call[:, None]
-            x = scaled_logits(row, o_vocab, o_vocab < vocab)
+            x = scaled_logits(row, o_vocab, o_vocab < rows.vocab)
             bins = _bins_of(tl.maximum(x, bound), best, width)
             fate = tl.load(p_fates + i_row * _BINS + bins, mask=x >= bound, other=0).to(tl.int32)
             keys = key_of(x, o_vocab)
@@ -293,8 +252,8 @@ def sift_kernel(
             append_keys(p_count + i_row, p_list, listed, in_doubt, _KEY_ROOM)
             _add_up(p_sums + i_row * _SUMS, x, fate, best)
             m_kept = fate == _SURVIVES
-            _, _, after = temperature_factors(p_scalars, slot)
-            noise = gumbel_calls(tl.load(p_seed + slot), position, i_tile * _CALLS + o_call)
+            _, _, after = temperature_factors(row)
+            noise = gumbel_calls(row.seed, row.position, i_tile * _CALLS + o_call)
             noise = tl.reshape(noise, (_BLOCK_CALLS, 4))
             score = tl.where(m_kept, x * after + noise, float("-inf"))
             top = tl.max(tl.max(score, axis=1), axis=0)
@@ -310,10 +269,7 @@ def sift_kernel(
 
 @triton.jit
 def settle_kernel(
-    p_slots,
-    p_positions,
-    p_scalars,
-    p_seed,
+    rows,
     p_total,
     p_count,
     p_keys,
@@ -333,7 +289,7 @@ def settle_kernel(
         i_row = tl.load(p_flat + 1 + tl.program_id(0)).to(tl.int64)
         count = tl.load(p_count + i_row)
         if count <= _KEY_ROOM:
-            asked = (p_scalars, p_seed, tl.load(p_slots + i_row), tl.load(p_positions + i_row))
+            row = row_at(rows, i_row)
             beyond = tl.full((), 1, tl.int64) << KEY_BITS
             o_block = tl.arange(0, TILES * _BLOCKS)
             m_block, o_block = o_block < tiles * _BLOCKS, i_row * tiles * _BLOCKS + o_block
@@ -345,14 +301,12 @@ def settle_kernel(
             o_key = tl.arange(0, _KEY_ROOM)
             keys = tl.load(p_keys + i_row * _KEY_ROOM + o_key, mask=o_key < count, other=0)
             best, total = tl.load(p_span + i_row * 2), tl.load(p_total + i_row)
-            m_kept, high, near, expected = survivors(
-                asked, keys, o_key < count, best, total, outside
-            )
+            m_kept, high, near, expected = survivors(row, keys, o_key < count, best, total, outside)
             lows = tl.load(p_certain_low + o_block, mask=m_block, other=beyond)
             low = tl.min(tl.where(m_kept, keys, beyond), axis=0)
             low = tl.minimum(low, tl.min(lows, axis=0))
             store_kept(p_kept + i_row * 4, (low, high, near, expected))
-            score, token_id = draw_from_list(asked, keys, m_kept)
+            score, token_id = draw_from_list(row, keys, m_kept)
             scores = tl.load(p_certain_score + o_block, mask=m_block, other=float("-inf"))
             ids = tl.load(p_certain_id + o_block, mask=m_block, other=NO_ID)
             best_score = tl.maximum(tl.max(scores, axis=0), score)

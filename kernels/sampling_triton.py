@@ -39,17 +39,15 @@ from torch import Tensor
 
 from millrace.kernels.configs import UNFUSED
 from millrace.kernels.edits_triton import (
-    LOGPROBS,
-    TOP_N_SIGMA,
     edited_logits,
     is_filtered,
     load_logits,
-    scalar,
     temperature_factors,
 )
 from millrace.kernels.order_triton import NO_ID
 from millrace.kernels.rng import CALLS_PER_TILE, TILE
 from millrace.kernels.rng_triton import gumbel_tile
+from millrace.kernels.rows_triton import LOGPROBS, TOP_N_SIGMA, asked, row_at, rows_of
 from millrace.kernels.sampling import SampledTokens, SweepNotes, check_inputs
 from millrace.kernels.sampling_exhaustive_triton import EXHAUST_OPTIONS, exhaust_kernel
 from millrace.kernels.sampling_filters_triton import (
@@ -81,12 +79,13 @@ MAX_VOCAB = 1 << 19
 FLAT_PROGRAMS = 528
 """Programs that share the tiles of the flat rows, however many there are: a grid must be known
 before the rows are. Four for each multiprocessor of an H100."""
-STATS_OPTIONS = {"num_warps": 8, **UNFUSED}
+STATS_OPTIONS, SCORED_OPTIONS = {"num_warps": 8, **UNFUSED}, {"num_warps": 16, **UNFUSED}
 GATHER_OPTIONS = FINISH_OPTIONS = {"num_warps": 4, **UNFUSED}
 FLAT_OPTIONS = {"num_warps": 8, **UNFUSED}
 BRACKET_OPTIONS = {"num_warps": 16}
 SETTLE_OPTIONS = {"num_warps": 16, **UNFUSED}
-"""Warps per program: what compiles for every target without a spill, and no more."""
+"""Warps per program: what compiles for every target without a spill, and no more; of the scored
+sweep twice that, as eight take registers that would leave a multiprocessor half empty."""
 
 
 _TILE = tl.constexpr(TILE)
@@ -114,18 +113,7 @@ def _mass_of_tile(x, best):
 
 @triton.jit
 def stats_kernel(
-    p_logits,
-    p_slots,
-    p_positions,
-    p_scalars,
-    p_seed,
-    p_bias,
-    p_has_bias,
-    p_seen,
-    p_counts,
-    p_has_penalties,
-    p_stop_ids,
-    p_min_position,
+    rows,
     p_maxima,  # f32[R, tiles * GROUPS], written for rows with filters
     p_mass,  # i64[R, tiles], relative to the tile's maximum, likewise
     p_least,  # f32[R, tiles], its least finite logit, likewise
@@ -135,25 +123,21 @@ def stats_kernel(
     p_note_maxima,  # f32[R, tiles * GROUPS], see SweepNotes; written for rows to be scored
     p_note_best,  # f32[R, tiles], likewise
     p_note_mass,  # i64[R, tiles], likewise
-    stride_logits,
     tiles,
-    vocab,
     SCORED: tl.constexpr,  # whether any row will be scored
 ):
     i_row, i_tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    slot, position = tl.load(p_slots + i_row), tl.load(p_positions + i_row)
-    tables = (p_bias, p_has_bias, p_seen, p_counts, p_has_penalties, p_stop_ids, p_min_position)
-    row = (p_logits + i_row * stride_logits, slot, position, vocab, p_scalars, tables)
+    row = row_at(rows, i_row)
     o_vocab = (  # [CALLS, 4], the order of the noise
         i_tile * _TILE + tl.arange(0, 4)[None, :] * _CALLS + tl.arange(0, _CALLS)[:, None]
     )
-    raw = load_logits(row, o_vocab, o_vocab < vocab)
-    x = edited_logits(row, raw, o_vocab, o_vocab < vocab)
+    raw = load_logits(row, o_vocab, o_vocab < rows.vocab)
+    x = edited_logits(row, raw, o_vocab, o_vocab < rows.vocab)
     has_nan = tl.max(tl.max((x != x).to(tl.int32), axis=1), axis=0)
-    samples, _, after = temperature_factors(p_scalars, slot)
+    samples, _, after = temperature_factors(row)
     o_out = i_row * tiles + i_tile
     if SCORED:
-        kind = scalar(p_scalars, slot, LOGPROBS)
+        kind = asked(row, LOGPROBS)
         if kind > 0:
             y = tl.where(kind == _RAW, raw, x * after)
             best = _store_maxima(y, p_note_maxima + o_out * _GROUPS)
@@ -161,13 +145,13 @@ def stats_kernel(
             odd = tl.max(tl.max((y != y).to(tl.int32), axis=1), axis=0) != 0
             tl.store(p_note_best + o_out, tl.where(odd, float("nan"), best))
     score = x
-    if is_filtered(p_scalars, p_seed, slot, position):
+    if is_filtered(row):
         best = _store_maxima(x, p_maxima + o_out * _GROUPS)
         tl.store(p_mass + o_out, _mass_of_tile(x, best))
         finite = x > float("-inf")
         least = tl.min(tl.min(tl.where(finite, x, float("inf")), axis=1), axis=0)
         tl.store(p_least + o_out, least)
-        if scalar(p_scalars, slot, TOP_N_SIGMA) > 0:
+        if asked(row, TOP_N_SIGMA) > 0:
             wide = tl.where(finite, x, 0.0).to(tl.float64)
             p_out = p_moments + i_row * 3 * tiles + i_tile
             count = tl.sum(tl.sum(finite.to(tl.int32), axis=1), axis=0)
@@ -175,7 +159,7 @@ def stats_kernel(
             tl.store(p_out + tiles, tl.sum(tl.sum(wide, axis=1), axis=0))
             tl.store(p_out + 2 * tiles, tl.sum(tl.sum(wide * wide, axis=1), axis=0))
     elif samples:
-        score = x * after + gumbel_tile(tl.load(p_seed + slot), position, i_tile)
+        score = x * after + gumbel_tile(row.seed, row.position, i_tile)
     best = tl.max(tl.max(score, axis=1), axis=0)
     winners = tl.where(score == best, o_vocab, NO_ID)
     tl.store(p_best_id + o_out, tl.min(tl.min(winners, axis=1), axis=0))
@@ -302,45 +286,39 @@ class _Launch:
         scored: bool,
     ) -> None:
         assert sampled.notes is not None, "allocated with the tokens"
-        (self.rows, vocab), p = logits.shape, params
+        self.rows = logits.shape[0]
         self.tiles = scratch.best.shape[1]
         self.padded = triton.next_power_of_2(self.tiles)
         self.scratch, self.notes, self.scored = scratch, sampled.notes, scored
-        self.asked = (slots, positions, p.scalars, p.seed)
-        self.row = (
-            *(logits, *self.asked, p.bias, p.has_bias, p.prompt_seen, p.output_counts),
-            *(p.has_penalties, p.stop_ids, p.min_position),
-        )
+        self.inputs = rows_of(logits, slots, positions, params)
         self.answer, self.ok = (sampled.token_ids, self.notes.kept), sampled.ok
-        self.sizes = (logits.stride(0), self.tiles, vocab)
 
     def first_sweep(self) -> None:
         s, notes = self.scratch, self.notes
         stats_kernel[(self.rows, self.tiles)](
-            *(*self.row, s.maxima, s.masses, s.least, s.moments, s.best, s.best_id),
-            *(notes.maxima, notes.best, notes.mass, *self.sizes),
+            *(self.inputs, s.maxima, s.masses, s.least, s.moments, s.best, s.best_id),
+            *(notes.maxima, notes.best, notes.mass, self.tiles),
             SCORED=self.scored,
-            **STATS_OPTIONS,
+            **(SCORED_OPTIONS if self.scored else STATS_OPTIONS),
         )
 
     def short_lists(self) -> None:
         s = self.scratch
         bound_kernel[(self.rows,)](
-            *(*self.asked, s.maxima, s.masses, s.moments, s.best, s.floor, s.bound, s.total),
-            *(s.groups, s.num_groups, s.count, s.flat, *self.sizes[1:], self.padded),
+            *(self.inputs, s.maxima, s.masses, s.moments, s.best, s.floor, s.bound, s.total),
+            *(s.groups, s.num_groups, s.count, s.flat, self.tiles, self.padded),
             **bound_options(self.padded),
         )
         parts = min(GATHER_PARTS, self.tiles * GROUPS_PER_TILE // PART_GROUPS)
         gather_kernel[(self.rows, parts)](
-            *(*self.row, s.bound, s.groups, s.num_groups, s.count, s.keys),
-            *(self.sizes[0], self.sizes[2]),
+            *(self.inputs, s.bound, s.groups, s.num_groups, s.count, s.keys),
             **GATHER_OPTIONS,
         )
 
     def finish(self) -> None:
         s = self.scratch
         finish_kernel[(self.rows,)](
-            *(*self.asked, s.best, s.best_id, s.least, s.floor, s.bound, s.total, s.count, s.keys),
+            *(self.inputs, s.best, s.best_id, s.least, s.floor, s.bound, s.total, s.count, s.keys),
             *(self.ok, *self.answer, s.flat, s.span, s.bins, s.sums, self.tiles, self.padded),
             *(BINS, SUMS),
             **FINISH_OPTIONS,
@@ -349,26 +327,25 @@ class _Launch:
     def flat_rows(self) -> None:
         s, few = self.scratch, min(FLAT_PROGRAMS, self.rows * self.tiles)
         count_kernel[(few,)](
-            *(*self.row, s.best, s.bound, s.flat, s.span, s.bins, *self.sizes),
+            *(self.inputs, s.best, s.bound, s.flat, s.span, s.bins, self.tiles),
             **FLAT_OPTIONS,
         )
         bracket_kernel[(self.rows,)](
-            *(*self.asked, s.bound, s.total, s.count, s.flat, s.span, s.bins, s.fates, s.sums),
+            *(self.inputs, s.bound, s.total, s.count, s.flat, s.span, s.bins, s.fates, s.sums),
             **BRACKET_OPTIONS,
         )
         certain = (s.certain_score, s.certain_id, s.certain_low, s.certain_top)
         sift_kernel[(few,)](
-            *(*self.row, s.bound, s.count, s.keys, s.flat, s.span, s.fates, s.sums, *certain),
-            *self.sizes,
+            *(self.inputs, s.bound, s.count, s.keys, s.flat, s.span, s.fates, s.sums, *certain),
+            self.tiles,
             **FLAT_OPTIONS,
         )
         settle_kernel[(self.rows,)](
-            *(*self.asked, s.total, s.count, s.keys, s.flat, s.span, s.sums, *certain),
+            *(self.inputs, s.total, s.count, s.keys, s.flat, s.span, s.sums, *certain),
             *(*self.answer, self.tiles, self.padded),
             **SETTLE_OPTIONS,
         )
         exhaust_kernel[(self.rows,)](
-            *(*self.row, s.bound, s.total, s.count, s.flat, s.span, *self.answer),
-            *(self.sizes[0], self.sizes[2]),
+            *(self.inputs, s.bound, s.total, s.count, s.flat, s.span, *self.answer),
             **EXHAUST_OPTIONS,
         )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from millrace.kernels.checks import expect
+from millrace.kernels.token_mask import ALL, mask_of, words_of
 
 MAX_STOP_IDS = 80
 NO_ID = -1
@@ -27,6 +28,13 @@ SCALARS = (
     *("repetition_penalty", "presence_penalty", "frequency_penalty", "logprobs"),
 )
 """The columns of `SlotSampling.scalars`: a kernel finds all numbers of a slot in one row."""
+FLAG_OF = {
+    "bias": "has_bias",
+    "allowed": "has_bans",
+    "prompt_seen": "has_penalties",
+    "output_counts": "has_penalties",
+}
+"""Tables over the vocabulary: a slot's row is read only where its flag is set, else it is stale."""
 
 
 def _column(name: str) -> property:
@@ -45,9 +53,10 @@ class SlotValues:
 
     A repetition penalty applies to the prompt and the output, the other two to the output alone.
     `stop_ids` are banned at positions below `min_position`. `bias` is added to the logits, and
-    -inf bans. With `allowed_ids` every other token is banned. `prompt_ids` and `output_ids` are
-    the tokens known so far, read only if a penalty is on; a request that returns after preemption
-    brings its output along. ValueError names the value and its limit.
+    -inf bans. With `allowed_ids` every other token is banned. A ban outweighs any bias.
+    `prompt_ids` and `output_ids` are the tokens known so far, read only if a penalty is on; a
+    request that returns after preemption brings its output along. ValueError names the value and
+    its limit.
     """
 
     temperature: float = 0.0  # 0 = greedy
@@ -93,7 +102,11 @@ class SlotValues:
 
     @property
     def has_bias(self) -> bool:
-        return bool(self.bias) or self.allowed_ids is not None
+        return any(value > -math.inf for value in self.bias.values())
+
+    @property
+    def has_bans(self) -> bool:
+        return self.allowed_ids is not None or -math.inf in self.bias.values()
 
     @property
     def filter_kind(self) -> int:
@@ -116,8 +129,10 @@ class SlotSampling:
     scalars: Tensor  # f32[S, len(SCALARS)]; each column also goes by its name
     filter_kind: Tensor  # i8[S], NO_FILTERS, HEAD_FILTERS or RARE_FILTERS
     seed: Tensor  # i64[S]
-    bias: Tensor  # f32[S, V], added to the logits, -inf bans; read where has_bias
+    bias: Tensor  # f32[S, V], finite, added to the logits; read where has_bias
     has_bias: Tensor  # bool[S]
+    allowed: Tensor  # i32[S, words_of(V)], see `token_mask.py`; others are banned; where has_bans
+    has_bans: Tensor  # bool[S]
     prompt_seen: Tensor  # bool[S, V]; read where has_penalties
     output_counts: Tensor  # i32[S, V]; read where has_penalties
     has_penalties: Tensor  # bool[S]
@@ -138,6 +153,8 @@ class SlotSampling:
             seed=full(0, torch.int64),
             bias=full(0, torch.float32, vocab),
             has_bias=full(False, torch.bool),
+            allowed=full(ALL, torch.int32, words_of(vocab)),
+            has_bans=full(False, torch.bool),
             prompt_seen=full(False, torch.bool, vocab),
             output_counts=full(0, torch.int32, vocab),
             has_penalties=full(False, torch.bool),
@@ -149,11 +166,12 @@ class SlotSampling:
         slots, vocab = self.bias.shape
         expect("scalars", self.scalars, (slots, len(SCALARS)), torch.float32)
         expect("filter_kind", self.filter_kind, (slots,), torch.int8)
-        for name in ("has_bias", "has_penalties"):
+        for name in ("has_bias", "has_bans", "has_penalties"):
             expect(name, getattr(self, name), (slots,), torch.bool)
         for name in ("seed", "min_position"):
             expect(name, getattr(self, name), (slots,), torch.int64)
         expect("bias", self.bias, (slots, vocab), torch.float32)
+        expect("allowed", self.allowed, (slots, words_of(vocab)), torch.int32)
         expect("prompt_seen", self.prompt_seen, (slots, vocab), torch.bool)
         expect("output_counts", self.output_counts, (slots, vocab), torch.int32)
         expect("stop_ids", self.stop_ids, (slots, MAX_STOP_IDS), torch.int32)
@@ -189,11 +207,12 @@ class SlotSampling:
         self.seed[slot] = _as_int64(values.seed)
         padding = [NO_ID] * (MAX_STOP_IDS - len(values.stop_ids))
         self.stop_ids[slot] = self._tensor([*values.stop_ids, *padding], torch.int32)
-        self.has_bias[slot] = values.has_bias
-        self.has_penalties[slot] = values.has_penalties
-        # The rows over the vocabulary are read only where a flag says so: else stale, never seen.
+        for flag in set(FLAG_OF.values()):
+            getattr(self, flag)[slot] = getattr(values, flag)
         if values.has_bias:
-            self._write_bias(self.bias[slot], values)
+            self._write_bias(self.bias[slot], values.bias)
+        if values.has_bans:
+            self.allowed[slot] = self._mask_of(values)
         if values.has_penalties:
             self._write_history(slot, values)
 
@@ -201,12 +220,18 @@ class SlotSampling:
         """Count sampled tokens as output: slots i64[R], each at most once, token_ids i64[R]."""
         self.output_counts[slots, token_ids] += 1
 
-    def _write_bias(self, row: Tensor, values: SlotValues) -> None:
-        row.fill_(0.0 if values.allowed_ids is None else -math.inf)
+    def _write_bias(self, row: Tensor, bias: Mapping[int, float]) -> None:
+        finite = {token_id: value for token_id, value in bias.items() if value > -math.inf}
+        row.zero_()
+        ids = self._tensor(list(finite), torch.int64)
+        row[ids] = self._tensor(list(finite.values()), torch.float32)
+
+    def _mask_of(self, values: SlotValues) -> Tensor:
+        banned = [token_id for token_id, value in values.bias.items() if value == -math.inf]
+        words = ~mask_of(self._tensor(banned, torch.int64), self.vocab)
         if values.allowed_ids is not None:
-            row[self._tensor(values.allowed_ids, torch.int64)] = 0.0
-        biased = self._tensor(list(values.bias), torch.int64)
-        row[biased] += self._tensor(list(values.bias.values()), torch.float32)
+            words &= mask_of(self._tensor(values.allowed_ids, torch.int64), self.vocab)
+        return words
 
     def _write_history(self, slot: int, values: SlotValues) -> None:
         self.prompt_seen[slot] = False

@@ -6,7 +6,8 @@ sends nothing. C tokens and M blocks of a full context, A admissions, V vocabula
 
     what changed         arrays
     admissions           admitted [A], starts [A]; token_places, tokens [their tokens];
-                         sampling.<field> [A, ...]; wide_slots [W], wide.<field> [W, V]
+                         sampling.<field> [A, ...]; of tables over the vocabulary only the rows
+                         whose flag is set: slots.<flag> [W], wide.<field> [W, ...]
     new blocks           block_places, blocks [n]: places in the flattened block table
     decoding slots       decode_slots [max_rows], padded with the scratch slot
     prefill chunks       slots, query_start, ends: rows; token_slots, positions: tokens;
@@ -32,6 +33,7 @@ from millrace.engine.core.messages import NewRequest
 from millrace.engine.runner.packed import PackedArrays
 from millrace.kernels.sampling import GREEDY_BELOW
 from millrace.kernels.slot_sampling import (
+    FLAG_OF,
     NO_FILTERS,
     NO_LOGPROBS,
     PROCESSED_LOGPROBS,
@@ -43,9 +45,6 @@ from millrace.scheduler.plan import PrefillChunk, StepPlan
 from millrace.scheduler.request import Request
 
 Slots = npt.NDArray[np.int64]
-
-WIDE = ("bias", "prompt_seen", "output_counts")
-"""Fields over the whole vocabulary, which are read only where a slot's `has_` flag says so."""
 
 LOGPROB_KINDS = {"raw": RAW_LOGPROBS, "processed": PROCESSED_LOGPROBS}
 
@@ -89,23 +88,23 @@ class ChangePacker:
         self._sampling(plan.admitted, packed)
 
     def _sampling(self, admitted: list[Request], packed: PackedArrays) -> None:
-        """Each field of SlotSampling as rows; the wide ones only of requests with a flag set."""
+        """Each field of SlotSampling as rows; the wide ones only of requests that have its flag."""
         fields = {f.name: getattr(self._values, f.name) for f in dataclasses.fields(SlotSampling)}
-        flags = [name for name in fields if name.startswith("has_")]
         rows: dict[str, list[npt.NDArray[np.generic]]] = {name: [] for name in fields}
-        wide_slots = []
+        flagged: dict[str, list[int]] = {flag: [] for flag in FLAG_OF.values()}
         for request in admitted:
             self._values.write(0, slot_values(request))
-            is_wide = any(bool(fields[flag][0]) for flag in flags)
-            wide_slots += [request.slot] if is_wide else []
+            for flag, slots in flagged.items():
+                slots += [request.slot] if fields[flag][0] else []
             for name, field in fields.items():
-                if is_wide or name not in WIDE:
+                if name not in FLAG_OF or fields[FLAG_OF[name]][0]:
                     rows[name].append(field[0].numpy().copy())
-        if wide_slots:
-            packed.add("wide_slots", np.array(wide_slots, np.int64))
+        for flag, slots in flagged.items():
+            if slots:
+                packed.add(f"slots.{flag}", np.array(slots, np.int64))
         for name in fields:
             if rows[name]:
-                prefix = "wide" if name in WIDE else "sampling"
+                prefix = "wide" if name in FLAG_OF else "sampling"
                 packed.add(f"{prefix}.{name}", np.stack(rows[name]))
 
     def chunk_rows(
@@ -132,12 +131,11 @@ def is_plain(request: Request) -> bool:
     """Whether a temperature is all that its draws need: no filter, no edit of the logits."""
     settings = request.payload
     assert isinstance(settings, NewRequest), "the engine submits NewRequests"
-    values, bans_stops = (
-        slot_values(request),
-        settings.params.min_tokens and settings.stop_token_ids,
-    )
+    values = slot_values(request)
     filtered = values.filter_kind != NO_FILTERS and values.temperature >= GREEDY_BELOW
-    return not (filtered or values.has_bias or values.has_penalties or bans_stops)
+    bans_stops = settings.params.min_tokens and settings.stop_token_ids
+    edited = values.has_bias or values.has_bans or values.has_penalties or bans_stops
+    return not (filtered or edited)
 
 
 def slot_values(request: Request) -> SlotValues:

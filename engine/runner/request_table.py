@@ -17,7 +17,7 @@ import torch
 
 from millrace.engine.runner.logprobs import score_rows
 from millrace.engine.sampling_params import MAX_LOGPROBS
-from millrace.kernels.slot_sampling import SlotSampling
+from millrace.kernels.slot_sampling import FLAG_OF, SlotSampling
 
 Views = dict[str, torch.Tensor]
 DRAWN_ROWS = 3
@@ -74,7 +74,7 @@ class RequestTable:
             if kind == "sampling":
                 getattr(self.sampling, field)[slots] = rows
             elif kind == "wide":
-                getattr(self.sampling, field)[changes["wide_slots"]] = rows
+                getattr(self.sampling, field)[changes[f"slots.{FLAG_OF[field]}"]] = rows
 
     def addresses(self) -> list[int]:
         """Where each tensor lies: must be the same for as long as a graph is captured."""

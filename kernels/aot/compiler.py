@@ -116,14 +116,16 @@ def _constants(spec: KernelSpec) -> dict[tuple[int, ...], Any]:
 def _attributes(spec: KernelSpec, types: Mapping[str, Any]) -> dict[tuple[int, ...], Any]:
     """What is known of each argument, spelt as a launch spells it: it is part of the cache's key.
 
-    So a launch with this signature on such a GPU finds what was compiled here.
+    So a launch with this signature on such a GPU finds what was compiled here. A key is the
+    argument's place, and of a tuple's part also its place in there.
     """
     found: dict[tuple[int, ...], Any] = {}
     for i_argument, param in enumerate(spec.kernel.params):
         kind = types[param.name]
         if isinstance(kind, tuple):
-            pointers = (i for i, member in enumerate(kind) if member.startswith("*"))
-            found |= {(i_argument, i): ALIGNED for i in pointers}
+            known = {"*": ALIGNED, "i": []}  # of pointers and of integers
+            places = {(i_argument, i): member[0] for i, member in enumerate(kind)}
+            found |= {place: known[first] for place, first in places.items() if first in known}
         elif kind.startswith("*") or param.name in spec.aligned:
             found[(i_argument,)] = ALIGNED
         elif kind == "constexpr":

@@ -12,18 +12,29 @@ from millrace.kernels import (
     sampling_triton,
 )
 from millrace.kernels.aot.compiler import KernelSpec
+from millrace.kernels.rows_triton import Rows
 
-TYPES = {  # of the arguments that are not *fp32
+ROWS = Rows(
+    p_logits="*bf16",
+    p_slots="*i64",
+    p_positions="*i64",
+    p_scalars="*fp32",
+    p_seed="*i64",
+    p_bias="*fp32",
+    p_has_bias="*u1",
+    p_allowed="*i32",
+    p_has_bans="*u1",
+    p_prompt_seen="*u1",
+    p_output_counts="*i32",
+    p_has_penalties="*u1",
+    p_stop_ids="*i32",
+    p_min_position="*i64",
+    stride_logits="i32",
+    vocab="i32",
+)
+TYPES: dict[str, Any] = {  # of the arguments that are not *fp32
+    "rows": ROWS,
     "p_logits": "*bf16",
-    "p_slots": "*i64",
-    "p_positions": "*i64",
-    "p_seed": "*i64",
-    "p_has_bias": "*i1",
-    "p_seen": "*i1",
-    "p_counts": "*i32",
-    "p_has_penalties": "*i1",
-    "p_stop_ids": "*i32",
-    "p_min_position": "*i64",
     "p_mass": "*i64",
     "p_moments": "*fp64",
     "p_best_id": "*i32",
@@ -40,7 +51,7 @@ TYPES = {  # of the arguments that are not *fp32
     "p_count": "*i32",
     "p_keys": "*i64",
     "p_token_ids": "*i64",
-    "p_ok": "*i1",
+    "p_ok": "*u1",
     "p_kept": "*i64",
     "p_above": "*i32",
     "p_ranks": "*i64",
@@ -54,7 +65,7 @@ CUDA, AMD = ("sm_80", "sm_90", "sm_100"), ("gfx942",)
 
 
 def _spec(name: str, kernel: Any, options: Mapping[str, int], **constants: Any) -> KernelSpec:
-    types: Mapping[str, str] = {n: TYPES.get(n, "*fp32") for n in kernel.arg_names}
+    types: Mapping[str, Any] = {n: TYPES.get(n, "*fp32") for n in kernel.arg_names}
     return KernelSpec(name, kernel, types, constants, options)
 
 
@@ -67,7 +78,7 @@ def _specs(prefix: str, tiles: int, keys: int) -> tuple[KernelSpec, ...]:
     sizes = {"BINS": flat.BINS, "SUMS": flat.SUMS}
     kernels: tuple[tuple[str, Any, dict[str, int], dict[str, Any]], ...] = (
         ("stats", sampling.stats_kernel, sampling.STATS_OPTIONS, {"SCORED": False} | one),
-        ("stats, scored", sampling.stats_kernel, sampling.STATS_OPTIONS, {"SCORED": True} | one),
+        ("stats, scored", sampling.stats_kernel, sampling.SCORED_OPTIONS, {"SCORED": True} | one),
         ("gather", filters.gather_kernel, sampling.GATHER_OPTIONS, {}),
         ("finish", filters.finish_kernel, sampling.FINISH_OPTIONS, sizes | padded),
         ("count", flat.count_kernel, sampling.FLAT_OPTIONS, one),

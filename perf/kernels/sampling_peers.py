@@ -1,5 +1,7 @@
 """Other ways to sample: a sort in torch's operations, and FlashInfer's rejection kernels.
 
+Neither takes bans; they get a copy of the logits with -inf for what is banned, in one operation.
+
 They draw with other noise, so their tokens are not those of the reference; the check is that each
 lies in the set that the reference keeps. Both give logprobs from a log_softmax over the row, where
 a case asks for them.
@@ -7,6 +9,7 @@ a case asks for them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -14,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from millrace.kernels.token_mask import members
 from millrace.perf.kernels.case import Absent, Call, Outputs, Provider
 from millrace.perf.kernels.logits import SamplingInputs
 from millrace.perf.kernels.providers import ON_CPU
@@ -28,9 +32,10 @@ def torch_sort() -> Provider:
 
 
 def _torch_sort(x: SamplingInputs) -> Call:
-    values, logits = x.mode.values, x.logits
+    values, allowed_logits = x.mode.values, _without_bans(x)
 
     def draw() -> Tensor:
+        logits = allowed_logits()
         if values.top_k == 0 and values.top_p == 1.0:
             return _race(logits.softmax(-1))
         ordered, ids = logits.sort(dim=-1, descending=True)
@@ -60,18 +65,27 @@ def flashinfer(device: torch.device) -> Provider | Absent:
 
 def _flashinfer(x: SamplingInputs) -> Call:
     library: Any = import_module("flashinfer.sampling")
-    values = x.mode.values
+    values, allowed_logits = x.mode.values, _without_bans(x)
 
     def draw() -> Any:
+        logits = allowed_logits()
         if values.top_k:
             return library.top_k_top_p_sampling_from_logits(
-                x.logits, values.top_k, values.top_p, filter_apply_order="top_k_first"
+                logits, values.top_k, values.top_p, filter_apply_order="top_k_first"
             )
         if values.top_p < 1.0:
-            return library.top_p_sampling_from_probs(x.logits.softmax(-1), values.top_p)
-        return library.sampling_from_logits(x.logits)
+            return library.top_p_sampling_from_probs(logits.softmax(-1), values.top_p)
+        return library.sampling_from_logits(logits)
 
     return lambda: _with_logprobs(x, draw())
+
+
+def _without_bans(x: SamplingInputs) -> Callable[[], Tensor]:
+    """The logits of what may be drawn; every slot bans the same tokens."""
+    if not x.mode.values.has_bans:
+        return lambda: x.logits
+    banned = ~members(x.params.allowed[0], x.params.vocab)
+    return lambda: x.logits.masked_fill(banned, -torch.inf)
 
 
 def _with_logprobs(x: SamplingInputs, token_ids: Tensor) -> Outputs:
@@ -85,7 +99,7 @@ def _with_logprobs(x: SamplingInputs, token_ids: Tensor) -> Outputs:
 def _tokens_are_kept(x: SamplingInputs, got: Outputs, wanted: Outputs) -> str:
     """By a sort in float64; at the edge of top-p a peer's float32 sum may fall either way."""
     values = x.mode.values
-    ordered, ids = x.logits.double().sort(dim=-1, descending=True)
+    ordered, ids = _without_bans(x)().double().sort(dim=-1, descending=True)
     if values.top_k:
         ordered[:, values.top_k :] = -torch.inf
     probabilities = ordered.softmax(-1)

@@ -194,6 +194,12 @@ def logit_rows(vocab, random):
 
 
 @pytest.fixture
+def sampling_rows():
+    """make(vocab, seed): a row of each kind, f32[10, V]."""
+    return lambda vocab, seed: logit_rows(vocab, torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
 def sampling_case():
     """make(vocab, seed): each kind of row under parameters drawn from a mix of all of them."""
 
@@ -229,6 +235,7 @@ def sampling_case():
                 stop_ids=ids(3),
                 min_position=pick(0, 0, 100),
                 bias=pick({}, {}, dict(zip(ids(9), [5.0, -math.inf, -1.0] * 3, strict=True))),
+                allowed_ids=pick(None, None, None, ids(vocab // 2)),
                 prompt_ids=ids(40),
                 output_ids=ids(40),
             )

@@ -11,8 +11,13 @@ triton = pytest.importorskip("triton")
 from millrace.kernels import gemv_triton, norm_triton  # noqa: E402
 from millrace.kernels.aot import SPECS, TARGETS, compile_spec  # noqa: E402
 from millrace.kernels.matmul_fused import Fusion, InputNorm  # noqa: E402
+from millrace.kernels.rows_triton import rows_of  # noqa: E402
+from millrace.kernels.sampling_filters_triton import gather_kernel  # noqa: E402
+from millrace.kernels.sampling_triton import GATHER_OPTIONS  # noqa: E402
+from millrace.kernels.slot_sampling import SlotSampling  # noqa: E402
 
-KERNELS, TARGET = (norm_triton.rms_norm_kernel, gemv_triton.gemv_kernel), TARGETS["sm_90"]
+KERNELS = (norm_triton.rms_norm_kernel, gemv_triton.gemv_kernel, gather_kernel)
+TARGET = TARGETS["sm_90"]
 pytestmark = pytest.mark.skipif(
     not isinstance(KERNELS[0], triton.JITFunction), reason="TRITON_INTERPRET is on"
 )
@@ -68,6 +73,20 @@ def test_a_launch_finds_what_was_compiled_for_its_signature_and_nothing_else(fou
     compile_spec(spec_of("add and norm E576"), TARGET)
     assert found_by(launch(576)) == [True]
     assert found_by(launch(640)) == [False]
+
+
+def test_so_does_a_launch_whose_rows_are_a_tuple(found_by):
+    spec = spec_of("sampling gather")
+    zero, numbers = torch.zeros(1, dtype=torch.int64), torch.zeros(4096, dtype=torch.int32)
+
+    def launch(dtype):
+        rows = rows_of(torch.zeros(1, 5001).to(dtype), zero, zero, SlotSampling.zeros(1, 5001))
+        lists = (numbers.float(), numbers, numbers, numbers, numbers.long())
+        return lambda: gather_kernel[(1, 1)](rows, *lists, **GATHER_OPTIONS)
+
+    compile_spec(spec, TARGET)
+    assert found_by(launch(torch.bfloat16)) == [True]
+    assert found_by(launch(torch.float32)) == [False]
 
 
 def test_an_epilogue_and_dependent_launch_are_spelt_as_in_a_launch(found_by):

@@ -62,10 +62,12 @@ def test_drawn_tokens_have_a_logprob_and_survivors_sum_to_one(sampling_case, sco
     case.params.logprobs.fill_(PROCESSED_LOGPROBS)
     sampled = sample_reference(*inputs)
     scored = score(*inputs, sampled, 60)
-    assert scored.logprobs.isfinite().all()
-    assert (scored.ranks >= 1).all()
-    sums = scored.top_logprobs.exp().sum(1)
-    torch.testing.assert_close(sums, torch.ones(10), rtol=0, atol=1e-5)
+    drawn = sampled.ok  # of a row with three finite logits an allow-list may leave none
+    assert drawn.sum() >= 9
+    assert scored.logprobs[drawn].isfinite().all()
+    assert (scored.ranks[drawn] >= 1).all()
+    sums = scored.top_logprobs[drawn].exp().sum(1)
+    torch.testing.assert_close(sums, torch.ones_like(sums), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("vocab", [33, 777, 4100])

@@ -13,15 +13,17 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
+from millrace.kernels.candidates import group_maxima
 from millrace.kernels.filters import Filters, kept_tokens
 from millrace.kernels.rng import xtc_coins
 from millrace.kernels.sampling import SlotSampling, SlotValues, edit_row, sample_reference
 from millrace.kernels.sampling_cpu import sample_cpu
+from millrace.kernels.sampling_rare_cpu import kept_of_row
 
 SAMPLERS = pytest.mark.parametrize("sample", [sample_reference, sample_cpu])
 FIELDS = ("token_ids", "ok")
 DRAWS = 6000
-RARE = {"top_n_sigma", "typical_p", "xtc_probability", "temperature_last"}  # a row at a time
+RARE = {"top_n_sigma", "typical_p", "xtc_probability"}  # a row at a time
 
 
 def int64(*values):
@@ -204,6 +206,27 @@ def test_kept_sets_are_those_of_transformers(seed):
 def assert_kept(warper, row, filters):
     theirs = warper(None, row.clone())[0].isfinite().nonzero().squeeze(1)
     assert torch.equal(kept_tokens(row[0], filters).sort().values, theirs)
+
+
+RARE_FILTERS = [
+    *(Filters(top_n_sigma=n, top_p=p) for n in (0.5, 3.0, 50.0) for p in (1.0, 0.8)),
+    *(Filters(typical_p=p) for p in (1e-6, 0.3, 0.9, 0.999)),
+    *(Filters(typical_p=0.9, top_n_sigma=n, top_p=0.8, xtc_threshold=0.01) for n in (0.0, 2.0)),
+    *(Filters(xtc_threshold=t) for t in (0.0, 1e-4, 0.1, 0.6)),
+    Filters(top_k=40, typical_p=0.7, xtc_threshold=0.02),
+    Filters(top_k=10**6, typical_p=0.95, min_p=0.01),
+    Filters(top_n_sigma=2.0, min_p=0.05, xtc_threshold=0.1),
+    Filters(2.0, 30, 0.95, 0.9, 0.02, 0.05),
+]
+
+
+@pytest.mark.parametrize("vocab", [33, 777, 4096, 9000])
+def test_rare_filters_keep_on_the_cpu_what_the_definition_keeps(sampling_rows, vocab):
+    for row in sampling_rows(vocab, vocab):
+        maxima = group_maxima(row.unsqueeze(0))[0]
+        for filters in RARE_FILTERS:
+            expected = kept_tokens(row, filters).sort().values
+            assert torch.equal(kept_of_row(row, maxima, filters), expected), filters
 
 
 def llama_cpp_top_n_sigma(logits, n):

@@ -6,8 +6,12 @@ import pytest
 import torch
 
 from millrace.kernels.slot_sampling import MAX_STOP_IDS, NO_ID, SlotSampling, SlotValues
+from millrace.kernels.token_mask import members
 
-FIELDS = ("scalars", "filter_kind", "seed", "min_position", "has_bias", "has_penalties", "stop_ids")
+FIELDS = (
+    *("scalars", "filter_kind", "seed", "min_position", "stop_ids"),
+    *("has_bias", "has_bans", "has_penalties"),
+)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +71,7 @@ def test_a_slot_written_again_keeps_nothing_of_the_last_request():
         seed=9,
         stop_ids=[1, 2],
         min_position=7,
-        bias={4: 1.0},
+        bias={4: 1.0, 5: -math.inf, 6: 2.0},
         allowed_ids=[4, 5],
         prompt_ids=[1, 2],
         output_ids=[3, 3],
@@ -75,7 +79,8 @@ def test_a_slot_written_again_keeps_nothing_of_the_last_request():
     params, fresh = SlotSampling.zeros(2, 10), SlotSampling.zeros(2, 10)
     params.write(1, busy)
     assert params.output_counts[1].tolist() == [0, 0, 0, 2, 0, 0, 0, 0, 0, 0]
-    assert params.bias[1, [3, 4, 5]].tolist() == [-math.inf, 1.0, 0.0]
+    assert params.bias[1].tolist() == [0, 0, 0, 0, 1.0, 0, 2.0, 0, 0, 0]
+    assert params.allowed[1].tolist() == [1 << 4]
     params.write(1, SlotValues())
     for name in FIELDS:
         assert torch.equal(getattr(params, name), getattr(fresh, name)), name
@@ -84,7 +89,20 @@ def test_a_slot_written_again_keeps_nothing_of_the_last_request():
     assert params.bias[1].tolist() == [2.0] + [0.0] * 9
     assert params.prompt_seen[1].nonzero().tolist() == [[8]]
     assert not params.output_counts[1].any()
+    params.write(1, SlotValues(bias={9: -math.inf}))
+    assert members(params.allowed[1], 10).tolist() == [True] * 9 + [False]
     assert torch.equal(params.bias[0], fresh.bias[0])
+
+
+def test_a_flag_is_set_only_where_its_table_has_something_to_say():
+    nothing = SlotValues()
+    assert not (nothing.has_bias or nothing.has_bans)
+    banning = SlotValues(bias={3: -math.inf})
+    assert banning.has_bans and not banning.has_bias
+    listing = SlotValues(allowed_ids=[])
+    assert listing.has_bans and not listing.has_bias
+    both = SlotValues(bias={3: -math.inf, 4: 0.5})
+    assert both.has_bans and both.has_bias
 
 
 def test_scalars_go_by_their_names():

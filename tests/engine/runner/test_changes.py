@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from millrace.engine.core.messages import NewRequest
-from millrace.engine.runner.changes import WIDE, ChangePacker, is_plain, slot_values
+from millrace.engine.runner.changes import ChangePacker, is_plain, slot_values
 from millrace.engine.runner.copies import SharedMemory
 from millrace.engine.runner.packed import PackedArrays
 from millrace.engine.runner.request_table import RequestTable
 from millrace.engine.sampling_params import SamplingParams
-from millrace.kernels.slot_sampling import MAX_STOP_IDS, SlotSampling
+from millrace.kernels.slot_sampling import FLAG_OF, MAX_STOP_IDS, SlotSampling
 from millrace.scheduler.plan import PrefillChunk, StepPlan
 from millrace.scheduler.request import Request
 
@@ -71,22 +71,31 @@ def test_admissions_write_what_the_sampler_would(vocab):
         assert table.tokens[request.slot, : len(tokens)].tolist() == tokens
     assert table.computed.tolist() == [2] * 5 + [0, 0]
     assert table.ended.tolist() == [False] * 5 + [True, True]
-    read = {
-        "bias": expected.has_bias,
-        "prompt_seen": expected.has_penalties,
-        "output_counts": expected.has_penalties,
-    }
-    assert read.keys() == set(WIDE)
     for field in dataclasses.fields(SlotSampling):
         found, wanted = getattr(table.sampling, field.name), getattr(expected, field.name)
-        slots = read.get(field.name, torch.ones(SLOTS + 1, dtype=torch.bool))
+        slots = torch.ones(SLOTS + 1, dtype=torch.bool)
+        if field.name in FLAG_OF:
+            slots = getattr(expected, FLAG_OF[field.name])
         assert torch.equal(found[slots], wanted[slots]), field.name
 
 
-def test_only_requests_that_need_them_send_rows_over_the_vocabulary():
-    table = table_of(50)
-    plan = StepPlan(1, admitted=[request_of(0, [3, 4])], prefill=[PrefillChunk(0, 0, 2, True)])
-    assert not any(name.startswith("wide") for name in apply(table, plan))
+@pytest.mark.parametrize(
+    ("params", "sent"),
+    [
+        ({}, {}),
+        ({"banned_token_ids": [4]}, {"allowed": [1, 2]}),  # 50 bits
+        ({"allowed_token_ids": [4]}, {"allowed": [1, 2]}),
+        ({"logit_bias": {4: 1.0}}, {"bias": [1, 50]}),
+        ({"presence_penalty": 0.5}, {"prompt_seen": [1, 50], "output_counts": [1, 50]}),
+    ],
+    ids=str,
+)
+def test_of_rows_over_the_vocabulary_a_request_sends_those_it_needs(params, sent):
+    requests = [request_of(0, [3, 4]), request_of(1, [3, 4], **params)]
+    chunks = [PrefillChunk(request.slot, 0, 2, True) for request in requests]
+    views = apply(table_of(50), StepPlan(1, admitted=requests, prefill=chunks))
+    wide = {name.removeprefix("wide."): view for name, view in views.items() if "wide" in name}
+    assert {name: list(view.shape) for name, view in wide.items()} == sent
 
 
 def test_blocks_go_to_their_places_and_nowhere_else():
@@ -132,6 +141,7 @@ def test_rows_of_a_mixed_step_as_in_the_example():
         ({"temperature": 0.0, "frequency_penalty": 0.1}, False),
         ({"temperature": 0.0, "logit_bias": {3: 1.0}}, False),
         ({"temperature": 0.0, "allowed_token_ids": [3]}, False),
+        ({"temperature": 0.0, "banned_token_ids": [3]}, False),
     ],
     ids=str,
 )
