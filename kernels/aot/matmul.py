@@ -32,7 +32,7 @@ TYPES = {
     "p_best": "*fp32",
     "p_best_id": "*i32",
     "p_token_ids": "*i64",
-    "p_ok": "*i1",
+    "p_ok": "*u1",
     "num_rows": "i32",
     "blocks": "i32",
     "stride_x": "i32",
