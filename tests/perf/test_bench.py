@@ -12,7 +12,7 @@ import pytest
 
 from millrace.engine.config import EngineConfig
 from millrace.engine.errors import EngineUnavailable, MillraceError
-from millrace.perf import bench, demo
+from millrace.perf import bench, bench_report, demo
 from millrace.perf.cpu_time import cpu_seconds_of_tree
 from millrace.perf.demo_requests import demo_cases
 from millrace.perf.environment import environment
@@ -75,20 +75,20 @@ def test_a_failed_request_leaves_no_figures(serve_script, script, capsys):
 
 
 def test_ratios_are_of_medians():
-    one = bench.Level(1, [summary_of(10), summary_of(11), summary_of(90)])
-    many = bench.Level(16, [summary_of(44), summary_of(1), summary_of(55)])
-    many.cpu = [bench.CpuUse(1.0, 0.5, 10.0), bench.CpuUse(1.0, 1.0, 10.0)]
+    one = bench_report.Level(1, [summary_of(10), summary_of(11), summary_of(90)])
+    many = bench_report.Level(16, [summary_of(44), summary_of(1), summary_of(55)])
+    many.cpu = [bench_report.CpuUse(1.0, 0.5, 10.0), bench.CpuUse(1.0, 1.0, 10.0)]
     peers = [
-        bench.PeerLevel("transformers", 16, [20.0, 22.0, 100.0]),
-        bench.PeerLevel("vllm-fp32", 1, [22.0, 22.0, 1.0]),
-        bench.PeerLevel("vllm-fp32", 8, [1.0]),
+        bench_report.PeerLevel("transformers", 16, [20.0, 22.0, 100.0]),
+        bench_report.PeerLevel("vllm-fp32", 1, [22.0, 22.0, 1.0]),
+        bench_report.PeerLevel("vllm-fp32", 8, [1.0]),
     ]
-    result = bench._result([one, many], peers)
+    result = bench_report.result_of([one, many], peers)
     assert result["levels"][1]["scaling"] == pytest.approx(4.0)
     assert result["levels"][1]["overhead"] == pytest.approx(0.175)
     ratios = [peer["ratio"] for peer in result["peers"]]
     assert ratios[:2] == pytest.approx([2.0, 0.5]) and ratios[2] is None
-    lines = "\n".join(bench._findings(result))
+    lines = "\n".join(bench_report.findings(result))
     assert "4.00 x tokens/s" in lines and "17.5%" in lines and "2.00 x as fast" in lines
 
 
